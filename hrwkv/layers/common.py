@@ -1,0 +1,62 @@
+"""What both kinds of layer share: RMSNorm, RoPE, low-rank products, SwiGLU (docs/hxa079.md, 1, 4, 7, 16)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, computed in fp32 (hxa079.md 1)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size] any float dtype; the result has x's shape and dtype."""
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return (normed * self.weight.float()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Size and eps, for ``print(model)``."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate the halves of each head by its position (hxa079.md 4; RoFormer, arXiv 2104.09864).
+
+    x: [T, H, K]. rope: cos and sin, [T, K / 2] fp32. Returns x's shape and dtype, computed in fp32: bf16
+    tables lose the position beyond a few hundred tokens.
+    """
+    cos, sin = (table.unsqueeze(1) for table in rope)  # [T, 1, K / 2]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``(x down) up``: x [T, D], down [D, R], up [R, C] -> [T, C]."""
+    return (x @ down) @ up
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """[T, H_kv, K] -> [T, H_kv * groups, K]: query head h reads KV head ``h // groups``."""
+    return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, the teacher's MLP (hxa079.md 16)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, D] -> [T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

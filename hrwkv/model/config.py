@@ -1,0 +1,121 @@
+"""``HybridConfig``: everything that decides what a model computes, checked whole before weights load.
+
+It is a Transformers config, so ``config.json`` reads and writes as any other, and ``layer_types`` speaks
+the library's terms. A teacher is the same config with every layer ``"full_attention"`` and RoPE on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+LINEAR, FULL = "linear_attention", "full_attention"
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+VARIANTS = ("hxa079",)
+RANKS = ("decay_rank", "iclr_rank", "value_rank", "key_rank", "gate_rank")
+
+
+class HybridConfig(PreTrainedConfig):
+    """Sizes of the teacher, the kind of every layer, and the low-rank sizes of the RWKV-7 mixer.
+
+    layer_types: ``"linear_attention"`` or ``"full_attention"`` per layer. Layer 0 is linear in a hybrid: the
+    value and key residuals of all other linear layers lead to it.
+    attention_rope: RoPE in the full-attention layers; a teacher has it, a finished hybrid does not.
+    variant: the mixer's arithmetic (docs/hxa079.md, table of variants).
+    decay_rank .. gate_rank: inner sizes of the low-rank products; None only where no layer is linear.
+
+    Raises ValueError, naming the field, for a value that no model can have.
+    """
+
+    model_type = "hrwkv_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    layer_types: list[str] | None = None
+    attention_rope: bool = True
+    variant: str = "hxa079"
+    decay_rank: int | None = None
+    iclr_rank: int | None = None
+    value_rank: int | None = None
+    key_rank: int | None = None
+    gate_rank: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill derived fields, then check the whole config."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = [FULL] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def linear_layers(self) -> list[int]:
+        """Indices of the RWKV-7 layers."""
+        return [i for i, kind in enumerate(self.layer_types or []) if kind == LINEAR]
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Indices of the attention layers."""
+        return [i for i, kind in enumerate(self.layer_types or []) if kind == FULL]
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number: RoPE rotates halves")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, only 'silu' is supported")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        unknown = sorted(set(self.layer_types) - {LINEAR, FULL})
+        if unknown or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries of kinds {sorted(set(self.layer_types))}, "
+                f"expected {self.num_hidden_layers} of {LINEAR!r} or {FULL!r}"
+            )
+        if not self.linear_layers:
+            return
+        if self.layer_types[0] != LINEAR:
+            raise ValueError(
+                "layer 0 is full attention, expected linear attention: the value and key residuals of all "
+                "other RWKV layers lead to layer 0, so keep another layer as attention"
+            )
+        missing = [name for name in RANKS if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"a hybrid needs {', '.join(missing)}: give a size of at least 1")

@@ -1,0 +1,134 @@
+"""The one forward: packed tokens in, hidden states out, for training, prefill, decode and Transformers.
+
+What differs between those uses is a ``TokenBatch`` and whether a ``HybridCache`` is there. Parameter names
+are the checkpoint's. Logits are apart: serving wants a few of them, training wants them in chunks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hrwkv.layers.attention import Attention
+from hrwkv.layers.batch import TokenBatch
+from hrwkv.layers.common import RMSNorm, Rope, SwiGLU
+from hrwkv.layers.time_mix import FirstLayer, LowRankSizes, TimeMix
+from hrwkv.model.cache import HybridCache
+from hrwkv.model.config import LINEAR, HybridConfig
+from hrwkv.model.rope import RotaryTable
+
+
+class Block(nn.Module):
+    """Norm, mixer, norm, MLP, with the residual stream around both (hxa079.md 17)."""
+
+    def __init__(self, config: HybridConfig, layer: int) -> None:
+        super().__init__()
+        self.is_linear = config.layer_types[layer] == LINEAR
+        self.rotates = self.is_linear or config.attention_rope
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = build_mixer(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: TokenBatch,
+        rope: Rope,
+        first: FirstLayer | None = None,
+        memory: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, FirstLayer | None]:
+        """hidden [T, D] -> hidden [T, D], and the first linear layer's value and key."""
+        mixed, first = self.mix(self.input_layernorm(hidden), batch, rope, first, memory)
+        return self.feed_forward(hidden + mixed), first
+
+    def mix(
+        self,
+        x: Tensor,
+        batch: TokenBatch,
+        rope: Rope,
+        first: FirstLayer | None = None,
+        memory: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, FirstLayer | None]:
+        """The mixer alone on normed x [T, D]; ``memory`` is this layer's part of a cache."""
+        if self.is_linear:
+            state = memory[0] if memory else None
+            return self.self_attn(x, batch, rope=rope, first=first, state=state)
+        k_cache, v_cache = memory or (None, None)
+        y = self.self_attn(x, batch, rope=rope if self.rotates else None, k_cache=k_cache, v_cache=v_cache)
+        return y, first
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """The second half of the block, residual included."""
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
+    """The mixer that ``layer_types`` names for this layer."""
+    sizes = {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    options = {
+        "bias": config.attention_bias,
+        "output_bias": config.attention_output_bias,
+        "qk_norm_eps": config.rms_norm_eps if config.qk_norm else None,
+    }
+    if config.layer_types[layer] != LINEAR:
+        return Attention(config.hidden_size, config.num_attention_heads, **sizes, **options)
+    ranks = LowRankSizes(
+        decay=config.decay_rank,
+        iclr=config.iclr_rank,
+        value=config.value_rank,
+        key=config.key_rank,
+        gate=config.gate_rank,
+    )
+    return TimeMix(config.hidden_size, config.num_attention_heads, **sizes, ranks=ranks, **options)
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = RotaryTable(config)
+        self.gradient_checkpointing = False
+
+    def forward(self, tokens: Tensor, batch: TokenBatch, cache: HybridCache | None = None) -> Tensor:
+        """tokens: [T] int64 ids, or [T, D] embeddings. Returns hidden [T, D] after the final norm."""
+        hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        rope = self.rope(batch)
+        memory = cache.by_layer(self.config) if cache is not None else [()] * len(self.layers)
+        first = None
+        for block, own in zip(self.layers, memory, strict=True):
+            if self.gradient_checkpointing and self.training:
+                # Non-reentrant: the reentrant form silently drops gradients around frozen parameters.
+                hidden, first = checkpoint(block, hidden, batch, rope, first, own, use_reentrant=False)
+            else:
+                hidden, first = block(hidden, batch, rope, first, own)
+        return self.norm(hidden)
+
+
+class HybridModel(nn.Module):
+    """A hybrid, or with attention layers only its teacher."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding where the config says so; needed again after weights are assigned."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, batch: TokenBatch, cache: HybridCache | None = None) -> Tensor:
+        """tokens: [T] int64 packed ids -> hidden [T, D]. ``cache`` is read and written in place."""
+        return self.model(tokens, batch, cache)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V] (hxa079.md 17)."""
+        return self.lm_head(hidden)
