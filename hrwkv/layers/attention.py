@@ -63,6 +63,7 @@ class Attention(nn.Module):
         if k_cache is None or v_cache is None:
             o = varlen_attention(q, k, v, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         else:
+            assert batch.slot_mapping is not None
             assert batch.block_tables is not None and batch.context_lens is not None
             store_kv(k, v, k_cache, v_cache, slot_mapping=batch.slot_mapping)
             o = paged_attention(

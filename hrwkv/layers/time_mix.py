@@ -118,6 +118,7 @@ class TimeMix(nn.Module):
         if state is None:
             o, _ = wkv7(*inputs, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         elif batch.is_decode:
+            assert batch.state_slots is not None
             o = wkv7_decode(*inputs, state=state, state_slots=batch.state_slots)
         else:
             o, final = wkv7(

@@ -52,5 +52,6 @@ class HybridCache:
         """Each layer's memory in order: ``(state,)`` or ``(k_cache, v_cache)``."""
         states, keys, values = iter(self.state), iter(self.k_cache), iter(self.v_cache)
         return [
-            (next(states),) if kind == LINEAR else (next(keys), next(values)) for kind in config.layer_types or []
+            (next(states),) if kind == LINEAR else (next(keys), next(values))
+            for kind in config.layer_types or []
         ]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ from hrwkv.model.config import HybridConfig
 from hrwkv.model.families import config_from_teacher, family_of
 from hrwkv.model.modeling import HybridModel
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 # What makes a model directory complete beside its weights; copied along from the teacher.
 COMPANIONS = (
     "tokenizer.json",
@@ -52,17 +54,37 @@ class ShardReader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is not a directory: expected a model directory with safetensors")
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{self.path} has no *.safetensors file: convert other formats first")
+            raise CheckpointError(
+                f"{self.path} is not a directory: expected a model directory with safetensors"
+            )
         self._files: dict[str, Path] = {}
-        for file in files:
+        for file in self._weight_files():
             for name in self._open(file).keys():  # noqa: SIM118 (safe_open is no mapping)
                 if name in self._files:
-                    raise CheckpointError(f"{name} is in {self._files[name].name} and in {file.name}: remove one")
+                    raise CheckpointError(
+                        f"{name} is in {self._files[name].name} and in {file.name}: remove one"
+                    )
                 self._files[name] = file
         self._check_index()
+
+    def _weight_files(self) -> list[Path]:
+        """``model.safetensors``, else what the index names, else every safetensors file.
+
+        This is Transformers' rule: directories hold other files too (Mistral's consolidated, adapters).
+        """
+        if (self.path / WEIGHTS).exists():
+            return [self.path / WEIGHTS]
+        if (self.path / INDEX).exists():
+            files = [self.path / name for name in sorted(set(_weight_map(self.path).values()))]
+            if missing := [file.name for file in files if not file.exists()]:
+                raise CheckpointError(
+                    f"{self.path} lacks {_some(missing)}, named in {INDEX}: copy or download it again"
+                )
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{self.path} has no *.safetensors file: convert other formats first")
+        return files
 
     def _open(self, file: Path) -> Any:
         try:
@@ -73,11 +95,12 @@ class ShardReader:
             ) from error
 
     def _check_index(self) -> None:
-        index = self.path / INDEX
-        if index.exists():
-            promised = set(read_json(index).get("weight_map", {}))
-            if missing := sorted(promised - set(self._files)):
-                raise CheckpointError(f"{index} names {_some(missing)}, which no shard holds: a shard is missing")
+        if (self.path / WEIGHTS).exists() or not (self.path / INDEX).exists():
+            return
+        if missing := sorted(_weight_map(self.path).keys() - self._files.keys()):
+            raise CheckpointError(
+                f"{self.path / INDEX} names {_some(missing)}, which no shard holds: download it again"
+            )
 
     def names(self) -> list[str]:
         """All tensor names, shard by shard, so that reading in this order opens each shard once."""
@@ -102,19 +125,25 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path | str, *, max_shard_bytes: int = 4 * 1024**3) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # gives "." and ".." a name
         self.max_shard_bytes = max_shard_bytes
         self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._new_parents: list[Path] = []
 
     def __enter__(self) -> ShardWriter:
         if self.path.exists():
             raise CheckpointError(f"{self.path} exists already: choose another output or remove it first")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial.mkdir()
+        self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
+        try:
+            with self._naming_errors():
+                self._partial.mkdir(parents=True)
+        except CheckpointError:
+            self._remove_partial()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -122,7 +151,24 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Nothing is left but a finished directory and what holds it."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+        for parent in self._new_parents:  # the innermost first
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """Turn a full disk or a missing right into one line that names the output."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write {self.path} ({error}): free some space or choose another output"
+            ) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue a tensor; a shard is written as soon as it is full."""
@@ -135,17 +181,21 @@ class ShardWriter:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """A JSON file beside the weights."""
-        (self._partial / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        with self._naming_errors():
+            (self._partial / name).write_text(text, encoding="utf-8")
 
     def copy_companions(self, source: Path) -> None:
         """Tokenizer, generation config and chat template of another model directory."""
-        for name in COMPANIONS:
-            if (source / name).exists():
-                shutil.copyfile(source / name, self._partial / name)
+        with self._naming_errors():
+            for name in COMPANIONS:
+                if (source / name).exists():
+                    shutil.copyfile(source / name, self._partial / name)
 
     def _flush(self) -> None:
         file = self._partial / f"shard-{len(self._shards):05d}"
-        save_file(self._pending, file, metadata={"format": "pt"})
+        with self._naming_errors():
+            save_file(self._pending, file, metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -155,12 +205,14 @@ class ShardWriter:
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards):
-            final = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._partial / f"shard-{number:05d}").rename(self._partial / final)
+            final = WEIGHTS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            with self._naming_errors():
+                (self._partial / f"shard-{number:05d}").rename(self._partial / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             self.write_json(INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
-        self._partial.rename(self.path)
+        with self._naming_errors():
+            self._partial.rename(self.path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,6 +224,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index's table from tensor name to file name."""
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path / INDEX} has no weight_map: copy or download it again")
+    return weight_map
 
 
 def load_config(path: Path | str) -> HybridConfig:
@@ -195,10 +255,24 @@ def carried_names(path: Path, names: list[str]) -> Iterator[str]:
     return (name for name in names if not name.endswith(dropped))
 
 
+def check_tied_head(reader: ShardReader, config: HybridConfig) -> None:
+    """Raise CheckpointError if the files hold a head of its own although the config says that it is tied."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not (config.tie_word_embeddings and {head, embedding} <= set(reader.names())):
+        return
+    if not torch.equal(reader.read(head), reader.read(embedding)):
+        raise CheckpointError(
+            f"{reader.path}: {head} differs from {embedding}, but config.json has tie_word_embeddings true: "
+            "set it to false"
+        )
+
+
 def check_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path) -> None:
     """Raise CheckpointError unless both hold the same names with the same shapes."""
     if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{where} lacks {_some(missing)}: the weights do not fit the config.json beside them")
+        raise CheckpointError(
+            f"{where} lacks {_some(missing)}: the weights do not fit the config.json beside them"
+        )
     if extra := sorted(found.keys() - expected.keys()):
         raise CheckpointError(f"{where} holds {_some(extra)}, which this model has no place for")
     for name, shape in expected.items():
@@ -229,6 +303,7 @@ def load_model(
     reader = ShardReader(path)
     names = list(carried_names(path, reader.names()))
     check_names({name: reader.shape(name) for name in names}, expected_shapes(config), path)
+    check_tied_head(reader, config)
     with torch.device("meta"):
         model = HybridModel(config)
     weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in names}

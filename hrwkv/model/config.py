@@ -6,6 +6,7 @@ the library's terms. A teacher is the same config with every layer ``"full_atten
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,6 +14,14 @@ from transformers import PreTrainedConfig
 LINEAR, FULL = "linear_attention", "full_attention"
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 VARIANTS = ("hxa079",)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 RANKS = ("decay_rank", "iclr_rank", "value_rank", "key_rank", "gate_rank")
 
 
@@ -31,30 +40,31 @@ class HybridConfig(PreTrainedConfig):
     model_type = "hrwkv_hybrid"
     keys_to_ignore_at_inference = ["past_key_values"]
 
+    # Where None is ignored as a type: filled below, or (a rank) read only where a layer is linear.
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
     attention_rope: bool = True
     variant: str = "hxa079"
-    decay_rank: int | None = None
-    iclr_rank: int | None = None
-    value_rank: int | None = None
-    key_rank: int | None = None
-    gate_rank: int | None = None
+    decay_rank: int = None  # type: ignore[assignment]
+    iclr_rank: int = None  # type: ignore[assignment]
+    value_rank: int = None  # type: ignore[assignment]
+    key_rank: int = None  # type: ignore[assignment]
+    gate_rank: int = None  # type: ignore[assignment]
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -63,6 +73,7 @@ class HybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill derived fields, then check the whole config."""
+        self._check_sizes(SIZES)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -82,10 +93,14 @@ class HybridConfig(PreTrainedConfig):
         """Indices of the attention layers."""
         return [i for i, kind in enumerate(self.layer_types or []) if kind == FULL]
 
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+
     def _check(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        self._check_sizes(("num_key_value_heads", "head_dim"))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -116,6 +131,7 @@ class HybridConfig(PreTrainedConfig):
                 "layer 0 is full attention, expected linear attention: the value and key residuals of all "
                 "other RWKV layers lead to layer 0, so keep another layer as attention"
             )
-        missing = [name for name in RANKS if not getattr(self, name)]
+        missing = [name for name in RANKS if getattr(self, name) is None]
         if missing:
             raise ValueError(f"a hybrid needs {', '.join(missing)}: give a size of at least 1")
+        self._check_sizes(RANKS)

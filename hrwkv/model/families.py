@@ -8,6 +8,7 @@ that runs without its sliding window gives other text, silently.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ Check = Callable[[dict[str, Any]], bool]
 class Family:
     """One teacher family; each rule reads the teacher's ``config.json``.
 
-    attention_bias, output_bias, mlp_bias: whether q/k/v, o and the MLP have biases. qk_norm: whether the heads
-    are normed. dropped: tensor names (suffixes) that carry nothing and may be left behind.
+    attention_bias, output_bias, mlp_bias: whether q/k/v, o and the MLP have biases. qk_norm: whether
+    the heads are normed. dropped: tensor names (suffixes) that carry nothing and may be left behind.
     """
 
     attention_bias: Check
@@ -47,8 +48,8 @@ def _flag(name: str, default: bool = False) -> Check:
 
 
 def _window_layers(config: dict[str, Any]) -> bool:
-    """Qwen's rule: a window is in use only if switched on, or if a layer type says so."""
-    return bool(config.get("use_sliding_window")) or "sliding_attention" in (config.get("layer_types") or [])
+    """Qwen's rule: Transformers tells from the switch and the layer's number which layers have a window."""
+    return "sliding_attention" in (config.get("layer_types") or [])
 
 
 FAMILIES: dict[str, Family] = {
@@ -100,22 +101,40 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the file leaves out, filled as Transformers fills it, older forms of RoPE included."""
+    from huggingface_hub.errors import StrictDataclassError  # comes with Transformers
+
+    try:
+        # A copy, because Transformers rewrites the nested dictionaries of its argument.
+        return AutoConfig.for_model(**deepcopy(config)).to_dict()
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the teacher's config.json is not a valid {config['model_type']} config: {reason}"
+        ) from error
+
+
 def config_from_teacher(config: dict[str, Any]) -> HybridConfig:
     """A teacher's ``config.json`` as a config whose layers are all attention with RoPE.
 
     Raises ValueError for a family, a feature or a RoPE type that is not carried, by its name.
     """
-    family = family_of(config)
+    # Before the family: "mixture of experts" tells more than the name of a family that is not known.
     for key, feature in REFUSED.items():
         if config.get(key):
             raise ValueError(f"the teacher uses {feature} ({key} in its config.json), which is not supported")
-    # Transformers fills what the file leaves out with the family's defaults, and knows every older RoPE form.
-    full = AutoConfig.for_model(**config).to_dict()
+    family = family_of(config)
+    full = _with_defaults(config)
     if family.sliding_window(full):
-        raise ValueError("the teacher uses a sliding window, which is not supported: its layers forget, ours do not")
+        raise ValueError(
+            "the teacher uses a sliding window, which is not supported: its layers forget, ours do not"
+        )
     rope_parameters = dict(full["rope_parameters"])
     if rope_parameters.pop("partial_rotary_factor", None) not in (None, 1.0):
-        raise ValueError("the teacher rotates a part of each head (partial_rotary_factor), which is not supported")
+        raise ValueError(
+            "the teacher rotates a part of each head (partial_rotary_factor), which is not supported"
+        )
     return HybridConfig(
         **{key: full[key] for key in CARRIED if key in full},
         rope_parameters=rope_parameters,

@@ -65,14 +65,17 @@ class Block(nn.Module):
 
 def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
     """The mixer that ``layer_types`` names for this layer."""
-    sizes = {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-    options = {
-        "bias": config.attention_bias,
-        "output_bias": config.attention_output_bias,
-        "qk_norm_eps": config.rms_norm_eps if config.qk_norm else None,
-    }
+    qk_norm_eps = config.rms_norm_eps if config.qk_norm else None
     if config.layer_types[layer] != LINEAR:
-        return Attention(config.hidden_size, config.num_attention_heads, **sizes, **options)
+        return Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            qk_norm_eps=qk_norm_eps,
+        )
     ranks = LowRankSizes(
         decay=config.decay_rank,
         iclr=config.iclr_rank,
@@ -80,7 +83,16 @@ def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
         key=config.key_rank,
         gate=config.gate_rank,
     )
-    return TimeMix(config.hidden_size, config.num_attention_heads, **sizes, ranks=ranks, **options)
+    return TimeMix(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        ranks=ranks,
+        bias=config.attention_bias,
+        output_bias=config.attention_output_bias,
+        qk_norm_eps=qk_norm_eps,
+    )
 
 
 class Backbone(nn.Module):

@@ -45,7 +45,11 @@ class RotaryTable:
 
     def _dynamic_inv_freq(self, batch: TokenBatch) -> Tensor:
         """NTK scaling by each sequence's own length so far, so that a neighbour cannot change a result."""
-        parameters, limit, size = self.config.rope_parameters, self.config.max_position_embeddings, self.config.head_dim
+        parameters, limit, size = (
+            self.config.rope_parameters,
+            self.config.max_position_embeddings,
+            self.config.head_dim,
+        )
         counts = batch.cu_seqlens.diff().long()
         last = (batch.cu_seqlens[1:].long() - 1).clamp(min=0)
         longest = (batch.positions[last] + 1).clamp(min=limit).float()  # [N]; of empty ones, never used

@@ -1,0 +1,183 @@
+"""Packed training batches with random access: ``stream.batch(i)`` is a pure function of `i`.
+
+The documents of a corpus, shuffled anew in each epoch, form one endless stream. It is cut into rows of
+`context_length` tokens and the rows into batches, so that every token occurs exactly once per epoch and
+nothing is padded or dropped. Every row and every document starts a new sequence at position 0: the state
+resets there and attention stays inside.
+
+Random access instead of an iterator with a state: a resumed run asks for the next index and gets the same
+batches, and several processes take turns (`index * world + rank`) without a word between them. Orders come
+from a hash, not from a library's generator, whose numbers may change with its version.
+
+Passkey rows can be mixed in by their share of the tokens. They are whole rows, since a row boundary would cut
+the needle off from its question. Left out: sorting by length, weights per source, padding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hrwkv.data.passkey import PasskeyTask
+from hrwkv.data.tokens import TokenStore
+from hrwkv.layers.batch import TokenBatch
+
+IGNORED_LABEL = -100
+# The share of passkey rows is counted in whole parts of this, so that their places are exact integers.
+SHARE_PARTS = 1 << 16
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PasskeyMix:
+    """Passkey rows for a stream: the task and its share of the rows, 0 to 1."""
+
+    task: PasskeyTask
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"passkey share is {self.share}, expected 0 to 1")
+
+
+class PackedStream:
+    """Endless packed batches of `batch_tokens // context_length` rows from a token store.
+
+    store: documents that end with their end-of-text token. seed: orders, and what passkey rows say.
+
+    Raises ValueError when the store is empty or a batch does not hold one row.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        context_length: int,
+        batch_tokens: int,
+        seed: int,
+        passkey: PasskeyMix | None = None,
+    ) -> None:
+        if context_length < 1 or batch_tokens < context_length:
+            raise ValueError(
+                f"a batch of {batch_tokens} tokens holds no row of {context_length}: "
+                "raise batch_tokens or lower context_length"
+            )
+        if not len(store.tokens):
+            raise ValueError("the token store is empty: give more text")
+        if passkey is not None and passkey.share > 0:
+            passkey.task.check_length(context_length)
+        self.store, self.seed, self.passkey = store, seed, passkey
+        self.context_length, self.rows = context_length, batch_tokens // context_length
+        self._share = round(passkey.share * SHARE_PARTS) if passkey is not None else 0
+        self._order: tuple[int, Int64, Int64] | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch, T."""
+        return self.rows * self.context_length
+
+    def batch(self, index: int) -> tuple[Tensor, TokenBatch]:
+        """Return token ids [T] int64 and their sequences, on the CPU; the same for the same `index` >= 0."""
+        if index < 0:
+            raise ValueError(f"batch index is {index}, expected >= 0")
+        first = index * self.rows
+        is_text = [not self._is_passkey_row(row) for row in range(first, first + self.rows)]
+        text_rows = np.flatnonzero(is_text)
+        start = (first - self._passkey_rows_before(first)) * self.context_length
+        text, ends = self._text(start, start + len(text_rows) * self.context_length)
+        ids = np.empty((self.rows, self.context_length), dtype=np.int64)
+        ids[text_rows] = text.reshape(-1, self.context_length)
+        for row in np.flatnonzero(np.logical_not(is_text)):
+            ids[row] = self._passkey_row(first + int(row))
+        return torch.from_numpy(ids).flatten(), TokenBatch.from_lengths(self._lengths(ends, text_rows))
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, TokenBatch]]:
+        """Yield batch(start), batch(start + 1), ... without end."""
+        while True:
+            yield self.batch(start)
+            start += 1
+
+    def _lengths(self, ends: Int64, text_rows: Int64) -> list[int]:
+        """Return the sequence lengths: rows, cut where documents end. ends: positions in the batch's text."""
+        row, column = np.divmod(ends, self.context_length)
+        inside = column > 0  # a document that ends with its row adds no cut
+        cuts = text_rows[row[inside]] * self.context_length + column[inside]
+        edges = np.arange(self.rows + 1, dtype=np.int64) * self.context_length
+        lengths: list[int] = np.diff(np.sort(np.concatenate([edges, cuts]))).tolist()
+        return lengths
+
+    def _text(self, start: int, stop: int) -> tuple[Int64, Int64]:
+        """Return the stream's tokens `start` to `stop` and where documents end, counted from `start`."""
+        per_epoch = len(self.store.tokens)
+        tokens, ends = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        position = start
+        while position < stop:
+            epoch, offset = divmod(position, per_epoch)
+            count = min(stop - position, per_epoch - offset)
+            part, part_ends = self._epoch_text(epoch, offset, offset + count)
+            tokens.append(part)
+            ends.append(part_ends + (position - start))
+            position += count
+        return np.concatenate(tokens), np.concatenate(ends)
+
+    def _epoch_text(self, epoch: int, start: int, stop: int) -> tuple[Int64, Int64]:
+        """Return tokens `start` to `stop` of one epoch's order, and the document ends among them."""
+        order, ends = self._epoch_order(epoch)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        documents, document_ends = order[first : last + 1], ends[first : last + 1]
+        document_starts = document_ends - (self.store.offsets[documents + 1] - self.store.offsets[documents])
+        begin, end = np.maximum(document_starts, start), np.minimum(document_ends, stop)
+        # A token's place in the store is its place in the epoch plus a shift that each document has.
+        shift = self.store.offsets[documents] - document_starts
+        places = np.arange(start, stop, dtype=np.int64) + np.repeat(shift, end - begin)
+        return self.store.tokens[places].astype(np.int64), document_ends[document_ends <= stop] - start
+
+    def _epoch_order(self, epoch: int) -> tuple[Int64, Int64]:
+        """Return the epoch's order of documents [M] and their ends [M] in it; the last one is kept."""
+        if self._order is None or self._order[0] != epoch:
+            keys = _hash(np.arange(len(self.store), dtype=np.uint64), salt=_mix(self.seed, epoch))
+            order = np.argsort(keys, kind="stable").astype(np.int64)
+            self._order = (epoch, order, np.cumsum(np.diff(self.store.offsets)[order]))
+        return self._order[1], self._order[2]
+
+    def _passkey_rows_before(self, row: int) -> int:
+        return row * self._share // SHARE_PARTS
+
+    def _is_passkey_row(self, row: int) -> bool:
+        return self._passkey_rows_before(row + 1) > self._passkey_rows_before(row)
+
+    def _passkey_row(self, row: int) -> Int64:
+        assert self.passkey is not None
+        seed = _mix(self.seed, row)
+        document = self.passkey.task.document(self.store.tokens, length=self.context_length, seed=seed)
+        return np.asarray(document, dtype=np.int64)
+
+
+def next_token_labels(token_ids: Tensor, batch: TokenBatch) -> Tensor:
+    """Return labels [T] int64: the next token of the same sequence, -100 for the last token of each.
+
+    token_ids: [T] int64, packed as `batch` says.
+    """
+    labels = torch.full_like(token_ids, IGNORED_LABEL)
+    labels[:-1] = token_ids[1:]
+    ends = batch.cu_seqlens[1:][batch.cu_seqlens[1:] > 0].long()
+    labels[ends - 1] = IGNORED_LABEL
+    return labels
+
+
+def _mix(seed: int, number: int) -> int:
+    """Return 64 well-mixed bits of two integers."""
+    first = _hash(np.array([seed % (1 << 64)], dtype=np.uint64), salt=0)
+    return int(_hash(np.array([number % (1 << 64)], dtype=np.uint64), salt=int(first[0]))[0])
+
+
+def _hash(values: npt.NDArray[np.uint64], *, salt: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea and Flood 2014), the same on every machine for ever."""
+    x = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(salt)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

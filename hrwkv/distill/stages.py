@@ -1,0 +1,250 @@
+"""The stages of RADLADS (arXiv 2505.03005) as rows of a table: what trains, and what one step computes.
+
+Stage 1 aligns each mixer with the teacher's on the teacher's own inputs, layer by layer, so that the
+activations of one layer are alive. Stages 2 and 3 distil the teacher's distribution into the whole student. A
+step runs its own backward passes and leaves gradients behind; optimiser, schedule, logs and checkpoints are
+the trainer's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hrwkv.data.packing import next_token_labels
+from hrwkv.distill.losses import Measures, distillation_loss, measure
+from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total, whole
+from hrwkv.layers.batch import TokenBatch
+from hrwkv.model.config import HybridConfig
+from hrwkv.model.modeling import HybridModel
+
+# Layer 0 has no first layer to mix with: these exist for the file format only, and no gradient reaches them.
+UNREAD = re.compile(r"model\.layers\.0\.self_attn\.[vk][012]")
+FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
+MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
+
+Mode = Literal["all", "frozen-mlp"]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """This process's part of a global batch, and the global counts that losses are divided by.
+
+    token_ids: [T] int64; batch: its sequences; num_tokens, num_labels: of the global batch.
+    """
+
+    token_ids: Tensor
+    batch: TokenBatch
+    num_tokens: int
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves beside the gradients; unread tensors, summed over processes.
+
+    loss: scalar. layer_loss: [L] in stage 1. kl, agreement: scalars, means over the tokens, in
+    stages 2 and 3.
+    """
+
+    loss: Tensor
+    layer_loss: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What stays the same from step to step; the weights are of stages 2 and 3.
+
+    dtype: float32, or bfloat16 for autocast in the forward pass. Gradients never run under autocast.
+    """
+
+    ranks: Ranks
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """A context for forward passes."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+StepFunction = Callable[[HybridModel, HybridModel, StepInput, StepOptions], StepResult]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table; ``mixers_only`` says what trains, ``step`` is called with teacher and student."""
+
+    number: int
+    title: str
+    step: StepFunction
+    mixers_only: bool
+
+
+def align_step(
+    teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
+) -> StepResult:
+    """Stage 1: ``mean over layers of ||s_l - t_l||^2 / ||t_l||^2`` (hxa079.md 23), gradients in the mixers.
+
+    t_l is the output of the teacher's mixer l, s_l the student's on the same normed input. Inputs are the
+    teacher's, and the first layer's value and key are passed on without their graph, so each layer's backward
+    runs before the next layer's forward.
+    """
+    batch, ranks, losses = inputs.batch, options.ranks, []
+    rope, student_rope = teacher.model.rope(batch), student.model.rope(batch)
+    with torch.no_grad(), gathered(teacher):
+        hidden = teacher.model.embed_tokens(inputs.token_ids)
+    first = None
+    for block, own in zip(blocks_of(teacher), blocks_of(student), strict=True):
+        with options.autocast():
+            with torch.no_grad(), gathered(block):
+                x = block.input_layernorm(hidden)
+                target, _ = block.mix(x, batch, rope)
+                hidden = block.feed_forward(hidden + target)
+            y, first = own.mix(x, batch, student_rope, first)
+        size = total(target.float().square().sum(), ranks)
+        loss = (y.float() - target.float()).square().sum() / size
+        # The optimiser's gradient is the mean over processes, the loss is their sum.
+        (loss * (ranks.world / len(student.model.layers))).backward()
+        losses.append(loss.detach())
+        first = None if first is None else (first[0].detach(), first[1].detach())
+    layer_loss = total(torch.stack(losses), ranks)
+    return StepResult(loss=layer_loss.mean(), layer_loss=layer_loss)
+
+
+def distill_step(
+    teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
+) -> StepResult:
+    """Stages 2 and 3: KL and cross-entropy of the whole student (hxa079.md 24, 25)."""
+    ranks = options.ranks
+    with options.autocast():
+        with torch.no_grad():
+            teacher_hidden = teacher(inputs.token_ids, inputs.batch)
+        loss, sums = distillation_loss(
+            student(inputs.token_ids, inputs.batch),
+            student.lm_head.weight,
+            teacher_hidden,
+            teacher.lm_head.weight,
+            labels=next_token_labels(inputs.token_ids, inputs.batch) if options.ce_weight > 0 else None,
+            kl_weight=options.kl_weight,
+            ce_weight=options.ce_weight,
+            num_tokens=inputs.num_tokens,
+            num_labels=inputs.num_labels,
+        )
+    release(teacher)
+    (loss * ranks.world).backward()
+    means = torch.stack([loss.detach(), sums.kl / inputs.num_tokens, sums.agreement / inputs.num_tokens])
+    summed_loss, kl, agreement = total(means, ranks).unbind()
+    return StepResult(loss=summed_loss, kl=kl, agreement=agreement)
+
+
+STAGES = {
+    1: Stage(1, "align the mixers", align_step, mixers_only=True),
+    2: Stage(2, "distil the model", distill_step, mixers_only=False),
+    3: Stage(3, "long context", distill_step, mixers_only=False),
+}
+
+
+@torch.no_grad()
+def validation_sums(
+    teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
+) -> Measures:
+    """KL, agreement and both models' negative log-likelihoods, summed over the tokens of all processes."""
+    with options.autocast():
+        own = measure(
+            student(inputs.token_ids, inputs.batch),
+            student.lm_head.weight,
+            teacher(inputs.token_ids, inputs.batch),
+            teacher.lm_head.weight,
+            labels=next_token_labels(inputs.token_ids, inputs.batch),
+        )
+    release(teacher)
+    release(student)
+    sums = torch.stack([own.kl, own.agreement, own.student_nll, own.teacher_nll])
+    return Measures(*total(sums, options.ranks).unbind())
+
+
+def trains(name: str, *, stage: Stage, mode: Mode) -> bool:
+    """True if the student's parameter of this name trains in this stage."""
+    if UNREAD.fullmatch(name):
+        return False
+    if stage.mixers_only:
+        return MIXER.fullmatch(name) is not None
+    return mode == "all" or FROZEN.fullmatch(name) is None
+
+
+def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
+    """Give ``requires_grad`` to what trains and take it from everything else."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(trains(name, stage=stage, mode=mode))
+
+
+def share_frozen(student: HybridModel, teacher: HybridModel, *, ranks: Ranks) -> None:
+    """Make the frozen weights of mode ``frozen-mlp`` the teacher's own tensors, so that they exist once.
+
+    Several processes only check them: there each model keeps its own shards. Raises ValueError where they
+    differ: the student has been trained in mode ``all``, or has another teacher.
+    """
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in list(student.named_parameters()):
+        if FROZEN.fullmatch(name) is None:
+            continue
+        other = theirs.get(name)
+        full = None if other is None else whole(other.detach())
+        if full is None or full.shape != parameter.shape or not torch.equal(parameter.to(full), full):
+            raise ValueError(
+                f"mode is 'frozen-mlp', but {name} of the student is not the teacher's: use mode 'all', or "
+                "a student that was converted from this teacher and never trained in mode 'all'"
+            )
+        if ranks.world == 1:
+            owner, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(owner), leaf, other)
+    student.tie_weights()
+
+
+def check_pair(student: HybridConfig, teacher: HybridConfig) -> None:
+    """Raise ValueError unless the student's vocabulary, width and depth are the teacher's."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} of the student is {ours}, of the teacher {theirs}: give the teacher that "
+                "the student was converted from"
+            )
+    if not student.linear_layers:
+        raise ValueError(
+            "the student has no RWKV layer: convert the teacher first and give the converted directory"
+        )
+
+
+def split_rows(token_ids: Tensor, batch: TokenBatch, *, context_length: int, ranks: Ranks) -> StepInput:
+    """This process's rows of a global batch, on its device.
+
+    token_ids: [T] int64 and its sequences, none of which crosses a multiple of ``context_length``.
+    Raises ValueError where the rows cannot be divided among the processes.
+    """
+    rows = token_ids.shape[0] // context_length
+    if rows % ranks.world:
+        raise ValueError(
+            f"a batch has {rows} rows of {context_length} tokens for {ranks.world} processes: "
+            f"make batch_tokens a multiple of {context_length * ranks.world}"
+        )
+    share = rows // ranks.world * context_length
+    start, stop = ranks.rank * share, (ranks.rank + 1) * share
+    ends = accumulate(batch.lengths)
+    own = tuple(length for length, end in zip(batch.lengths, ends, strict=True) if start < end <= stop)
+    assert sum(own) == share
+    return StepInput(
+        token_ids=token_ids[start:stop].to(ranks.device),
+        batch=TokenBatch.from_lengths(own, device=ranks.device),
+        num_tokens=token_ids.shape[0],
+        num_labels=sum(length - 1 for length in batch.lengths if length > 0),
+    )

@@ -1,0 +1,136 @@
+"""Packed and paged causal attention through PyTorch's scaled_dot_product_attention.
+
+Packed: sequences of one length become a batch by a view; otherwise the CPU runs one call per sequence, and
+a GPU one call over a jagged nested tensor whose lengths are given, so that nothing waits for the device.
+Paged: blocks are gathered into a padded batch with a mask. That copies the cache once a call; a kernel that
+reads the blocks in place is left to Triton.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Attend inside each packed sequence; the contract is ``hrwkv.kernels.attention.varlen_attention``'s."""
+    present = [length for length in lengths if length > 0]
+    if not present:
+        return q.clone()  # empty too, and still part of the graph
+    if min(present) == max(present):
+        return _attend_causal(*(x.unflatten(0, (len(present), present[0])) for x in (q, k, v))).flatten(0, 1)
+    if q.is_cuda and q.dtype != torch.float64:
+        return _attend_jagged(q, k, v, offsets=cu_seqlens, lengths=lengths)
+    parts = zip(q.split(present), k.split(present), v.split(present), strict=True)
+    outputs = [_attend_causal(*(x.unsqueeze(0) for x in part)).squeeze(0) for part in parts]
+    return torch.cat(outputs)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    block_tables: Tensor,
+    context_lens: Tensor,
+    context_starts: Tensor | None = None,
+) -> Tensor:
+    """Attend to a paged cache; the contract is ``hrwkv.kernels.attention.paged_attention``'s."""
+    if not len(q):
+        return q.clone()  # empty too, and still part of the graph
+    longest, block_size = max(lengths), k_cache.shape[1]
+    if not block_tables.is_cuda:  # reading the device would stall a GPU, there the caller trims the tables
+        block_tables = block_tables[:, : -(-int(context_lens.max()) // block_size)]
+    key_position = torch.arange(block_tables.shape[1] * block_size, device=q.device)  # [S]
+    written = key_position < context_lens.unsqueeze(1)  # [N, S]
+    k, v = (_gather_blocks(cache, block_tables, written=written) for cache in (k_cache, v_cache))
+
+    step = torch.arange(longest, device=q.device)
+    first = context_lens - cu_seqlens.diff()  # [N], position of each sequence's first query
+    position = (first.unsqueeze(1) + step).unsqueeze(2)  # [N, L, 1]
+    allowed = key_position <= position
+    if context_starts is not None:
+        allowed &= key_position >= context_starts.view(-1, 1, 1)
+    if min(lengths) == longest:
+        return _attend_masked(q.unflatten(0, (len(lengths), longest)), k, v, allowed=allowed).flatten(0, 1)
+    row = (cu_seqlens[:-1].unsqueeze(1) + step).clamp(
+        max=len(q) - 1
+    )  # rows past a sequence's end are dropped
+    o = _attend_masked(q[row], k, v, allowed=allowed)  # [N, L, H, K]
+    sequence = torch.repeat_interleave(cu_seqlens.diff(), output_size=len(q))  # [T]
+    return o[sequence, torch.arange(len(q), device=q.device) - cu_seqlens[sequence]]
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_mapping: Tensor) -> None:
+    """Write each token's key and value; the contract is ``hrwkv.kernels.attention.store_kv``'s."""
+    block_size = k_cache.shape[1]
+    place = (slot_mapping.div(block_size, rounding_mode="floor"), slot_mapping % block_size)
+    k_cache.index_put_(place, k.to(k_cache.dtype))
+    v_cache.index_put_(place, v.to(v_cache.dtype))
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend causally in a batch: q ``[N, L, H, K]``, k and v ``[N, L, H_kv, K]``, result as q."""
+    q, k, v, grouped = _match_heads(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _match_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Put heads before time, and repeat KV heads where the device's fused kernel cannot group them."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda:  # only the half-precision kernel without a mask groups heads there
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        group = 1
+    return q, k, v, group > 1
+
+
+def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, *, offsets: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attend in one call over different lengths on a GPU: q ``[T, H, K]``, k and v ``[T, H_kv, K]``."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # fused kernels refuse gradients through broadcast heads of nested tensors
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if min(lengths) == 0:  # the fused kernels refuse empty sequences
+        keep = [0] + [n + 1 for n, length in enumerate(lengths) if length > 0]
+        offsets = offsets[torch.tensor(keep).pin_memory().to(q.device, non_blocking=True)]
+        lengths = [length for length in lengths if length > 0]
+    shortest, longest = min(lengths), max(lengths)
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
+        for x in (q, k, v)
+    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return o.transpose(1, 2).values()
+
+
+def _gather_blocks(cache: Tensor, block_tables: Tensor, *, written: Tensor) -> Tensor:
+    """Copy each sequence's blocks behind one another: ``[N, S, H_kv, K]``, zeros where nothing was written.
+
+    The zeros matter: a masked weight of 0 times a NaN that fresh memory may hold is still NaN.
+    """
+    gathered = cache[block_tables.clamp(min=0)].flatten(1, 2)
+    return gathered.masked_fill_(~written[..., None, None], 0.0)
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, *, allowed: Tensor) -> Tensor:
+    """Attend where ``allowed [N, L, S]``: q and result ``[N, L, H, K]``, k and v ``[N, S, H_kv, K]``."""
+    anything = allowed.any(dim=-1, keepdim=True)
+    # Left padding has nothing to attend: let it attend everything, then return zeros instead of NaN.
+    mask = (allowed | ~anything).unsqueeze(1)  # [N, 1, L, S]
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if q.shape[1] == 1:
+        # Decode: the queries that share a KV head become the rows of one product, no head is repeated.
+        rows = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # [N, H_kv, H / H_kv, K]
+        mask = mask.expand(-1, -1, rows.shape[2], -1)
+        o = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        o = o.flatten(1, 2).unsqueeze(1)
+    else:
+        q, k, v, grouped = _match_heads(q, k, v)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    return o.masked_fill(~anything.unsqueeze(-1), 0.0)

@@ -1,0 +1,23 @@
+"""What every test run shares: one torch thread, one seed, and no GPU cases without a GPU."""
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # Two workers share two cores; a second thread in each only makes them wait for one another.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

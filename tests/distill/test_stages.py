@@ -1,0 +1,211 @@
+"""Steps against the loss that they stand for, written out with autograd on the whole model."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hrwkv.distill.parallel import Ranks
+from hrwkv.distill.stages import (
+    STAGES,
+    StepInput,
+    StepOptions,
+    align_step,
+    check_pair,
+    distill_step,
+    set_trainable,
+    share_frozen,
+    split_rows,
+    trains,
+)
+from hrwkv.layers.batch import TokenBatch
+from hrwkv.model.config import FULL, LINEAR
+from hrwkv.model.modeling import HybridModel
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+LENGTHS = (7, 1, 12, 4)
+Pair = Callable[..., tuple[HybridModel, HybridModel]]
+
+
+def step_input(seed: int = 3) -> StepInput:
+    ids = torch.randint(257, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
+    return StepInput(ids, TokenBatch.from_lengths(LENGTHS), sum(LENGTHS), sum(LENGTHS) - len(LENGTHS))
+
+
+def gradients(model: HybridModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def joint_align_loss(teacher: HybridModel, student: HybridModel, inputs: StepInput) -> Tensor:
+    """Hxa079.md (23) over all layers in one graph; first values cut off from it."""
+    rope, hidden, first, losses = teacher.model.rope(inputs.batch), None, None, []
+    hidden = teacher.model.embed_tokens(inputs.token_ids)
+    for block, own in zip(teacher.model.layers, student.model.layers, strict=True):
+        x = block.input_layernorm(hidden)
+        target, _ = block.mix(x, inputs.batch, rope)
+        y, first = own.mix(x, inputs.batch, rope, first)
+        first = tuple(value.detach() for value in first)
+        losses.append((y - target).square().sum() / target.square().sum())
+        hidden = block.feed_forward(hidden + target)
+    return torch.stack(losses).mean()
+
+
+def test_alignment_layer_by_layer_has_the_gradients_of_the_joint_loss(make_pair: Pair) -> None:
+    teacher, student = make_pair()
+    set_trainable(student, stage=STAGES[1], mode="all")
+    result = align_step(teacher, student, step_input(), StepOptions(ALONE))
+    stepwise = gradients(student)
+    student.zero_grad()
+    loss = joint_align_loss(teacher, student, step_input())
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss.detach())
+    torch.testing.assert_close(result.layer_loss.mean(), loss.detach())
+    joint = gradients(student)
+    assert stepwise.keys() == joint.keys()
+    torch.testing.assert_close(stepwise, joint)
+    # Every mixer parameter that is read has a gradient, the kept attention layer's too.
+    assert stepwise.keys() == {
+        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[1], mode="all")
+    }
+    assert all(gradient.abs().sum() > 0 for gradient in stepwise.values())
+
+
+def test_alignment_keeps_one_layer_of_activations(make_pair: Pair) -> None:
+    """What autograd holds at its worst is one layer's: less than half of the joint graph's four."""
+    teacher, student = make_pair()
+    set_trainable(student, stage=STAGES[1], mode="all")
+    alive, peak = [0], [0]
+
+    class Kept:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+            alive[0] += x.numel()
+            peak[0] = max(peak[0], alive[0])
+
+        def __del__(self) -> None:
+            alive[0] -= self.x.numel()
+
+    peaks = []
+    for run in (
+        lambda: align_step(teacher, student, step_input(), StepOptions(ALONE)),
+        lambda: joint_align_loss(teacher, student, step_input()).backward(),
+    ):
+        alive[0] = peak[0] = 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+            run()
+        peaks.append(peak[0])
+    assert 0 < peaks[0] < peaks[1] / 2
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5], ids=["kl", "kl+ce"])
+def test_distillation_has_the_gradients_of_the_dense_loss(
+    make_pair: Pair, tied: bool, ce_weight: float
+) -> None:
+    """Those through the first layer's key and value included: nothing is detached in the student."""
+    teacher, student = make_pair(tied=tied)
+    set_trainable(student, stage=STAGES[2], mode="all")
+    inputs = step_input()
+    result = distill_step(teacher, student, inputs, StepOptions(ALONE, ce_weight=ce_weight))
+    fused = gradients(student)
+    student.zero_grad()
+    target = teacher.compute_logits(teacher(inputs.token_ids, inputs.batch)).log_softmax(-1)
+    own = student.compute_logits(student(inputs.token_ids, inputs.batch)).log_softmax(-1)
+    kl = (target.exp() * (target - own)).sum(-1).mean()
+    inside = torch.ones(len(inputs.token_ids), dtype=torch.bool)
+    inside[inputs.batch.cu_seqlens[1:] - 1] = False
+    nll = -own[inside].gather(-1, inputs.token_ids.roll(-1)[inside].unsqueeze(-1)).mean()
+    (kl + ce_weight * nll).backward()
+    torch.testing.assert_close(result.loss, (kl + ce_weight * nll).detach())
+    torch.testing.assert_close(result.kl, kl.detach())
+    torch.testing.assert_close(result.agreement, (own.argmax(-1) == target.argmax(-1)).float().mean())
+    dense = gradients(student)
+    assert fused.keys() == {
+        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[2], mode="all")
+    }
+    # fp32 gradients of one another through four layers: relative to their own size.
+    for name, gradient in fused.items():
+        assert (gradient - dense[name]).norm() < 1e-5 * dense[name].norm() + 1e-9, name
+
+
+def test_first_value_gradient_flows_in_stage_2_and_not_in_stage_1(make_pair: Pair) -> None:
+    """Layer 0's output is nulled, so only the residuals of later layers lead back to its value."""
+    teacher, student = make_pair()
+    mixer = student.model.layers[0].self_attn
+    with torch.no_grad():
+        mixer.output.weight.zero_()
+    set_trainable(student, stage=STAGES[2], mode="all")
+    distill_step(teacher, student, step_input(), StepOptions(ALONE))
+    assert mixer.value.weight.grad.norm() > 0
+    student.zero_grad()
+    set_trainable(student, stage=STAGES[1], mode="all")
+    align_step(teacher, student, step_input(), StepOptions(ALONE))
+    assert mixer.value.weight.grad.norm() == 0
+
+
+def test_frozen_weights_are_the_teachers_own_tensors(make_pair: Pair) -> None:
+    teacher, student = make_pair()
+    share_frozen(student, teacher, ranks=ALONE)
+    theirs = {name: p.data_ptr() for name, p in teacher.named_parameters()}
+    shared = {name for name, p in student.named_parameters() if p.data_ptr() == theirs.get(name)}
+    mlp = {f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(4) for p in ("gate", "up", "down")}
+    assert shared == {"model.embed_tokens.weight", "model.norm.weight", *mlp}
+    assert student.lm_head.weight is teacher.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight"])
+def test_sharing_refuses_a_student_whose_frozen_weights_differ(make_pair: Pair, name: str) -> None:
+    teacher, student = make_pair()
+    with torch.no_grad():
+        student.get_parameter(name)[-1] += 1e-3
+    with pytest.raises(ValueError, match=f"'frozen-mlp', but {name} of the student is not the teacher's"):
+        share_frozen(student, teacher, ranks=ALONE)
+
+
+@pytest.mark.parametrize(
+    ("stage", "mode", "name", "expected"),
+    [
+        (1, "all", "model.layers.3.self_attn.w0", True),
+        (1, "all", "model.layers.2.self_attn.q_proj.weight", True),
+        (1, "all", "model.layers.3.mlp.up_proj.weight", False),
+        (1, "all", "model.layers.3.input_layernorm.weight", False),
+        (1, "all", "model.layers.0.self_attn.v1", False),
+        (2, "all", "model.layers.0.self_attn.k0", False),
+        (2, "all", "model.layers.10.self_attn.k0", True),
+        (2, "all", "lm_head.weight", True),
+        (2, "frozen-mlp", "lm_head.weight", False),
+        (2, "frozen-mlp", "model.embed_tokens.weight", False),
+        (2, "frozen-mlp", "model.norm.weight", False),
+        (3, "frozen-mlp", "model.layers.3.mlp.up_proj.bias", False),
+        (3, "frozen-mlp", "model.layers.3.post_attention_layernorm.weight", True),
+        (3, "frozen-mlp", "model.layers.3.self_attn.r_k", True),
+    ],
+)
+def test_what_trains(stage: int, mode: str, name: str, expected: bool) -> None:
+    assert trains(name, stage=STAGES[stage], mode=mode) is expected
+
+
+def test_rows_of_all_processes_are_the_batch() -> None:
+    ids, lengths = torch.arange(32), (3, 5, 8, 1, 7, 8)
+    cpu = torch.device("cpu")
+    parts = [
+        split_rows(ids, TokenBatch.from_lengths(lengths), context_length=8, ranks=Ranks(rank, 2, cpu))
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat([part.token_ids for part in parts]), ids)
+    assert [part.batch.lengths for part in parts] == [(3, 5, 8), (1, 7, 8)]
+    assert all((part.num_tokens, part.num_labels) == (32, 26) for part in parts)
+    with pytest.raises(ValueError, match="a batch has 4 rows of 8 tokens for 3 processes"):
+        split_rows(ids, TokenBatch.from_lengths(lengths), context_length=8, ranks=Ranks(0, 3, cpu))
+
+
+def test_a_pair_that_does_not_fit_is_refused(make_pair: Pair) -> None:
+    teacher, student = make_pair()
+    check_pair(student.config, teacher.config)
+    with pytest.raises(ValueError, match="student has no RWKV layer"):
+        check_pair(teacher.config, teacher.config)
+    student.config.vocab_size = 300
+    with pytest.raises(ValueError, match="vocab_size of the student is 300, of the teacher 260"):
+        check_pair(student.config, teacher.config)
+    assert {FULL, LINEAR} == set(student.config.layer_types)
