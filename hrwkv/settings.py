@@ -22,6 +22,8 @@ class DataSettings:
 
     sources: tuple[str, ...] = ("stdlib",)
     """Text files, folders, .jsonl files, or ``stdlib``: the sources of the running Python."""
+    max_bytes: int = 0
+    """Bytes of training text that are read at most, spread over all documents; 0 reads everything."""
     passkey_share: float = 0.0
     """Share of the tokens that are generated passkey documents, 0 to 1."""
     context_length: int = 512
@@ -34,6 +36,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no run can have."""
         _require(len(self.sources) > 0, "data.sources", self.sources, "at least one text source")
+        _require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "at least 0")
         _require(0 <= self.passkey_share <= 1, "data.passkey_share", self.passkey_share, "0 to 1")
         check_batch(self.context_length, self.batch_tokens, where="data")
 
@@ -190,6 +193,9 @@ class ConvertSettings:
     """Value is the teacher's value times this; None is 0.3, with ``radlads`` 1.0."""
     output_factor: float | None = None
     """Output is the teacher's output times this; None is 0.5, with ``radlads`` 1.0."""
+    residual_logit: float | None = None
+    """Start of v0 and k0, the logit of layer 0's share in every value and key; None is 0.73, with
+    ``radlads`` 1.0. A short run has no time to undo a large share."""
     attention_rope: bool = False
     """RoPE in the layers that stay attention; always on where no layer is RWKV."""
     seed: int = 0

@@ -107,14 +107,22 @@ class Batches:
     """Endless training batches from a corpus on the device."""
 
     def __init__(
-        self, corpus: Corpus, passkey: PasskeyRows, *, rows: int, context: int, share: float, seed: int
+        self,
+        corpus: Corpus,
+        passkey: PasskeyRows,
+        *,
+        rows: int,
+        context: int,
+        share: float,
+        document_starts: float,
+        seed: int,
     ) -> None:
         if len(corpus.tokens) <= context + 1:
             raise ValueError(
                 f"the train split has {len(corpus.tokens)} tokens, a row needs {context + 1}: give more text"
             )
         self.corpus, self.passkey, self.rows, self.context = corpus, passkey, rows, context
-        self.num_passkey = round(rows * share)
+        self.num_passkey, self.document_starts = round(rows * share), document_starts
         self.generator = torch.Generator(corpus.tokens.device).manual_seed(seed)
         self.last_start = len(corpus.tokens) - context - 1
 
@@ -127,7 +135,7 @@ class Batches:
         document = torch.randint(
             0, len(self.corpus.starts), (self.rows,), device=device, generator=self.generator
         )
-        at_start = torch.rand(self.rows, device=device, generator=self.generator) < 0.5
+        at_start = torch.rand(self.rows, device=device, generator=self.generator) < self.document_starts
         start = torch.where(at_start, self.corpus.starts[document].clamp(max=self.last_start), random_start)
         ids = self.corpus.tokens[start[:, None] + torch.arange(self.context + 1, device=device)].long()
         weights = torch.ones(ids.shape, device=device)

@@ -2,16 +2,18 @@
 
 Run by hand, from the repository's root, with torch, transformers and tokenizers; on one GPU, then on a CPU:
 
-    PYTHONPATH=. python examples/tiny_teacher/train.py --out OUT --minutes 8 --compile reduce-overhead
+    PYTHONPATH=. python examples/tiny_teacher/train.py --out OUT --steps 2500 --compile reduce-overhead
     PYTHONPATH=. python examples/tiny_teacher/train.py --out OUT --steps 5 --rows 4 --context 256
 
 It trains a byte-level BPE tokenizer (2048 entries, digits split) and a LlamaForCausalLM on the train split,
 and writes both to OUT with a chat template, a generation config and ``evaluation.json`` (held-out bits per
 byte, passkey accuracy by length, tokens seen, versions, seeds, the command).
 
-The whole tokenised corpus lies as one tensor on the device. A row is a random window of it; half of the rows
-start where a document starts, because a packed forward resets positions there. A share of the rows are
-passkey rows: one needle over the text at a random place, one to three questions later (`batches.py`).
+The whole tokenised corpus lies as one tensor on the device. A row is a random window of it; a few rows start
+where a document starts, because a packed forward resets positions there. Few of them, and few epochs: with
+half of the rows and 138 epochs a teacher knew its files by heart and was worse on others (docs/log.md). A
+share of the rows are passkey rows: one needle over the text at a random place, one to three questions later
+(`batches.py`).
 `--minutes` is wall clock from the first compilation to the last step and drives the learning-rate schedule,
 so every run anneals completely; evaluations come on top. Left out: several devices, resuming.
 """
@@ -72,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         add(f"--{name}", type=int, default=value)
     for name, value in {
         "rope-theta": 10000.0, "lr": 4e-3, "weight-decay": 0.1, "warmup": 0.02, "final-lr": 0.02, "clip": 1.0,
-        "passkey-share": 0.15, "answer-weight": 8.0, "eval-every-minutes": 2.0,
+        "passkey-share": 0.15, "document-starts": 0.1, "answer-weight": 8.0, "eval-every-minutes": 2.0,
     }.items():  # fmt: skip
         add(f"--{name}", type=float, default=value)
     add("--compile", choices=("none", "default", "reduce-overhead", "max-autotune"), default="none")
@@ -353,7 +355,7 @@ def main() -> None:
     )
     batches = Batches(
         corpora["train"], rows, rows=arguments.rows, context=arguments.context,
-        share=arguments.passkey_share, seed=arguments.seed,
+        share=arguments.passkey_share, document_starts=arguments.document_starts, seed=arguments.seed,
     )  # fmt: skip
 
     def evaluate(split: str, samples: int) -> dict:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hrwkv.eval.report import Result
 
 TEACHER = ROOT / "examples" / "tiny_teacher" / "model"
-STUDENT = "hybrid, after stage 3"
+STUDENT = "hybrid, stage 3"
 EXAMPLES = """
 hrwkv demo
 hrwkv demo --recipe tiny-gpu --out demo-gpu
@@ -92,26 +92,32 @@ def make_students(
     pure_tokens: int,
 ) -> dict[str, Path]:
     """Convert and distil; the model directories in the order of the table, by their name there."""
+    from hrwkv.distill.corpus import read_corpus
+
     without = replace(convert, attention_layers=None, keep_attention=0)
     with display.step("Converting the teacher, with and without attention layers"):
         pure = run_convert(display, teacher, out / "pure-converted", without)
         untrained = run_convert(display, teacher, out / "hybrid-converted", convert)
+    with display.step("Reading the text"):
+        corpus = read_corpus(teacher, distill.data)
     shorter = replace(distill, stage2=replace(distill.stage2, tokens=pure_tokens or 1))
     stages = (1, 2) if pure_tokens else (1,)
     with display.step("Stage 1 for both students, stage 2 for the one without attention"):
-        without_attention = run_distill(display, pure, teacher, out / "pure", shorter, stages=stages)
+        without_attention = run_distill(
+            display, pure, teacher, out / "pure", shorter, stages=stages, corpus=corpus
+        )
     with display.step("Stages 2 and 3 for the hybrid, from the layers that stage 1 aligned"):
         aligned = run_convert(
             display, teacher, out / "hybrid-aligned", convert, mixers_from=without_attention[1]
         )
-        hybrid = run_distill(display, aligned, teacher, out / "hybrid", distill, stages=(2, 3))
+        hybrid = run_distill(display, aligned, teacher, out / "hybrid", distill, stages=(2, 3), corpus=corpus)
     models = {
-        "hybrid, converted only": untrained,
-        "hybrid, after stage 1": aligned,
-        "hybrid, after stage 2": hybrid[2],
+        "hybrid, converted": untrained,
+        "hybrid, stage 1": aligned,
+        "hybrid, stage 2": hybrid[2],
         STUDENT: hybrid[3],
     }
-    return models | ({"no attention, after stage 2": without_attention[2]} if pure_tokens else {})
+    return models | ({"no attention, stage 2": without_attention[2]} if pure_tokens else {})
 
 
 def examine(display: Display, teacher: Path, models: dict[str, Path], settings: EvalSettings) -> list[Result]:

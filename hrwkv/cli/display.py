@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
@@ -81,9 +82,20 @@ class Display:
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """A table whose first column is text and whose others are numbers."""
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            header_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+            # A narrow terminal wraps headers and names at spaces, and never a number.
+            words = [word for row in rows for word in (row[0].split() if not number else [row[number]])]
+            widest = max(map(len, [*words, *name.split()]), default=0)
+            table.add_column(name, justify="right" if number else "left", min_width=widest)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         # soft_wrap would let a wide table run over the edge instead of fitting it.

@@ -11,6 +11,7 @@ from hrwkv.cli.display import Display, Task, count, duration
 from hrwkv.settings import DistillSettings
 
 if TYPE_CHECKING:
+    from hrwkv.distill.corpus import Corpus
     from hrwkv.distill.logs import Progress
 
 EXAMPLES = """
@@ -59,12 +60,18 @@ def run_distill(
     *,
     stages: tuple[int, ...],
     resume: bool = False,
+    corpus: Corpus | None = None,
 ) -> dict[int, Path]:
-    """Distil with a progress line and a line per validation; returns the directory of each stage."""
+    """Distil with a progress line and a line per validation; returns the directory of each stage.
+
+    corpus: the text, where several runs share it; None reads it.
+    """
     from hrwkv.distill.trainer import distill as train
 
     with Watcher(display) as watcher:
-        done = train(student, teacher, out, settings, stages=stages, resume=resume, observer=watcher)
+        done = train(
+            student, teacher, out, settings, stages=stages, resume=resume, observer=watcher, corpus=corpus
+        )
     for number in stages:
         display.line(f"Stage {number}: {done[number]}")
     return done
@@ -77,13 +84,16 @@ class Watcher:
         self._display = display
         self._task: Task | None = None
         self._stage = 0
+        self._waiting = display.console.status("Reading the text and the models")
 
     def __enter__(self) -> Watcher:
-        """Nothing to show before the first step."""
+        """Show that something happens before the first step."""
+        self._waiting.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
         """Take the line of the last stage away."""
+        self._waiting.stop()
         if self._task is not None:
             self._task.__exit__()
 

@@ -80,7 +80,8 @@ def initial_value(
     if name == "a0":
         return _rate_base(config) if settings.initialisation == "hxa079" else torch.zeros(shape)
     if name in ("v0", "k0"):
-        return torch.full(shape, recipe.residual)
+        given = settings.residual_logit
+        return torch.full(shape, recipe.residual if given is None else given)
     if name == "r_k":
         return torch.full(shape, recipe.bonus)
     if name in ("w1", "a1", "v1", "k1", "g1"):

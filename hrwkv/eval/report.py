@@ -67,7 +67,7 @@ def write_report(
 
 def summary_table(results: Sequence[Result]) -> Table:
     """Header and rows: one model per row, the numbers that answer "how much was kept, at which memory"."""
-    header = ["model", "perplexity", "x teacher", "KL", "top-1", "passkey", "state", "KV per token"]
+    header = ["model", "perplexity", "ratio", "KL", "top-1", "passkey", "state", "KV/token"]
     rows = []
     for result in results:
         cells = _score_cells(result.comparison.overall) if result.comparison else [MISSING] * 4

@@ -64,7 +64,8 @@ class Attention(nn.Module):
             o = varlen_attention(q, k, v, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         else:
             assert batch.slot_mapping is not None
-            assert batch.block_tables is not None and batch.context_lens is not None
+            assert batch.block_tables is not None
+            assert batch.context_lens is not None
             store_kv(k, v, k_cache, v_cache, slot_mapping=batch.slot_mapping)
             o = paged_attention(
                 q,

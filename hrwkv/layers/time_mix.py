@@ -63,7 +63,11 @@ class TimeMix(nn.Module):
         self.w0, self.w1, self.w2 = zeros(width), zeros(hidden_size, ranks.decay), zeros(ranks.decay, width)
         self.a0, self.a1, self.a2 = zeros(width), zeros(hidden_size, ranks.iclr), zeros(ranks.iclr, width)
         # The first layer's residual gates are never read; they exist because the published files hold them.
-        self.v0, self.v1, self.v2 = zeros(kv_width), zeros(hidden_size, ranks.value), zeros(ranks.value, kv_width)
+        self.v0, self.v1, self.v2 = (
+            zeros(kv_width),
+            zeros(hidden_size, ranks.value),
+            zeros(ranks.value, kv_width),
+        )
         self.k0, self.k1, self.k2 = zeros(kv_width), zeros(hidden_size, ranks.key), zeros(ranks.key, kv_width)
         self.g1, self.g2 = zeros(hidden_size, ranks.gate), zeros(ranks.gate, width)
         self.r_k = zeros(num_heads, head_dim)
@@ -122,7 +126,10 @@ class TimeMix(nn.Module):
             o = wkv7_decode(*inputs, state=state, state_slots=batch.state_slots)
         else:
             o, final = wkv7(
-                *inputs, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths, initial_state=state[batch.state_slots]
+                *inputs,
+                cu_seqlens=batch.cu_seqlens,
+                lengths=batch.lengths,
+                initial_state=state[batch.state_slots],
             )
             state[batch.state_slots] = final
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # (13), not scaled

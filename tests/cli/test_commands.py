@@ -146,11 +146,11 @@ def test_demo_makes_every_student(files: Files, run: Run, tmp_path: Path) -> Non
     models = json.loads((out / "report.json").read_text())["models"]
     assert [model["name"] for model in models] == [
         "teacher",
-        "hybrid, converted only",
-        "hybrid, after stage 1",
-        "hybrid, after stage 2",
-        "hybrid, after stage 3",
-        "no attention, after stage 2",
+        "hybrid, converted",
+        "hybrid, stage 1",
+        "hybrid, stage 2",
+        "hybrid, stage 3",
+        "no attention, stage 2",
     ]
     assert [model["memory"]["attention_layers"] for model in models] == [3, 1, 1, 1, 1, 0]
     assert len({model["comparison"]["overall"]["student_nll"] for model in models}) == 6

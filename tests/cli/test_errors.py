@@ -3,9 +3,7 @@
 import json
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -145,38 +143,46 @@ def test_unwritable_output_is_one_line(files: Files, run: Run, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("command", ["convert", "distill", "eval"])
-def test_full_disk_is_one_line(command: str, files: Files, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk: writes fail half-way, in another process."""
-    out = tmp_path / "out"
-    words = {
-        "convert": ["convert", files.teacher, out, "--keep-attention", 1, *RANKS],
-        "distill": [
-            *("distill", files.student, "--teacher", files.teacher, "--out", out, "--stage", 1),
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """``full_disk(n)``: from now on no file can grow beyond n bytes, which stands for a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FULL_DISK: dict[str, tuple[Case, int]] = {
+    "convert": (convert_with("--keep-attention", 1, *RANKS), 20_000),
+    "distill": (
+        lambda files, folder: [
+            *("distill", files.student, "--teacher", files.teacher, "--out", folder / "out", "--stage", 1),
             *("--data.sources", files.text, "--data.context-length", 64, "--data.batch-tokens", 128),
             *("--stage1.tokens", 128, "--device", "cpu"),
         ],
-        "eval": [
-            *("eval", files.student, "--text", files.text, "--split", "all", "--out", out, "--tokens", 256),
-            *("--context-length", 64, "--batch-tokens", 128, "--passkey-samples", 0, "--device", "cpu"),
+        20_000,
+    ),
+    "eval": (
+        lambda files, folder: [
+            *("eval", files.student, "--text", files.text, "--split", "all", "--out", folder / "out"),
+            *("--context-length", 64, "--batch-tokens", 128, "--tokens", 256, "--passkey-samples", 0),
         ],
-    }[command]
-    limit = 500 if command == "eval" else 20_000
-    done = subprocess.run(
-        [sys.executable, "-m", "hrwkv.cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("hrwkv: ")
-    left = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".json", ".md", ".png")]
-    assert [path.name for path in left if path.name != "recipe.json"] == []
-    assert not list(tmp_path.rglob(".*partial*"))
+        500,
+    ),
+}
+
+
+@pytest.mark.parametrize("command", FULL_DISK)
+def test_full_disk_is_one_line(
+    command: str, files: Files, run: Run, tmp_path: Path, full_disk: Callable[[int], None]
+) -> None:
+    words, size = FULL_DISK[command]
+    full_disk(size)
+    outcome = run(*words(files, tmp_path))
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.startswith("hrwkv: ")
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not {name for name in left if name.startswith(("model", "report", ".")) or "partial" in name}
 
 
 def test_debug_shows_where_it_came_from(run: Run, tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def test_a_model_of_one_layer_has_finite_values() -> None:
         assert initial_value("w0", (32,), layer=0, config=config, settings=settings).isfinite().all()
 
 
+GIVEN = ConvertSettings(keep_attention=1, residual_logit=-2.0)
 CONSTANTS = {
+    "residual given": (GIVEN, {"v0": -2.0, "k0": -2.0, "r_k": -0.04}),
     "hxa079": (HXA079, {"v0": 0.73, "k0": 0.73, "r_k": -0.04}),
     "radlads": (RADLADS, {"v0": 1.0, "k0": 1.0, "r_k": 0.0, "a0": 0.0}),
 }
