@@ -76,6 +76,9 @@ class StageSettings:
     """Weight of KL(teacher || student) at temperature 1; stage 1 has its own loss."""
     ce_weight: float = 0.0
     """Weight of the next token's cross-entropy."""
+    hidden_weight: float = 0.0
+    """Weight of the residual stream's relative error after each block, in stages 2 and 3. Short runs learn
+    several times as much from a token with it; 0 distils the probabilities alone, as RADLADS does."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time; not for stage 1."""
 
@@ -91,6 +94,7 @@ class StageSettings:
         good = all(0 <= beta < 1 for beta in self.betas)
         _require(good, "stage.betas", self.betas, "two numbers, 0 to below 1")
         _require(self.clip >= 0, "stage.clip", self.clip, "at least 0")
+        _require(self.hidden_weight >= 0, "stage.hidden_weight", self.hidden_weight, "at least 0")
         weights = (self.kl_weight, self.ce_weight)
         good = min(weights) >= 0 < max(weights)
         _require(good, "stage.kl_weight, ce_weight", weights, "at least 0 and one above 0")

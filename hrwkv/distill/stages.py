@@ -69,6 +69,7 @@ class StepOptions:
     ranks: Ranks
     kl_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0
     dtype: torch.dtype = torch.float32
 
     def autocast(self) -> torch.autocast:
@@ -110,8 +111,7 @@ def align_step(
                 target, _ = block.mix(x, batch, rope)
                 hidden = block.feed_forward(hidden + target)
             y, first = own.mix(x, batch, student_rope, first)
-        size = total(target.float().square().sum(), ranks)
-        loss = (y.float() - target.float()).square().sum() / size
+        loss = relative_error(y, target, ranks)
         # The optimiser's gradient is the mean over processes, the loss is their sum.
         (loss * (ranks.world / len(student.model.layers))).backward()
         losses.append(loss.detach())
@@ -120,16 +120,27 @@ def align_step(
     return StepResult(loss=layer_loss.mean(), layer_loss=layer_loss)
 
 
+def relative_error(ours: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
+    """This process's part of ``||ours - target||^2 / ||target||^2`` over the global batch, fp32."""
+    size = total(target.float().square().sum(), ranks)
+    return (ours.float() - target.float()).square().sum() / size
+
+
 def distill_step(
     teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
 ) -> StepResult:
-    """Stages 2 and 3: KL and cross-entropy of the whole student (hxa079.md 24, 25)."""
+    """Stages 2 and 3: KL and cross entropy of the whole student (hxa079.md 24, 25).
+
+    With a ``hidden_weight`` the student's residual stream is drawn to the teacher's as well (hxa079.md 30).
+    """
     ranks = options.ranks
+    stream: list[Tensor] | None = [] if options.hidden_weight > 0 else None
+    targets: list[Tensor] | None = [] if options.hidden_weight > 0 else None
     with options.autocast():
         with torch.no_grad():
-            teacher_hidden = teacher(inputs.token_ids, inputs.batch)
+            teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
         loss, sums = distillation_loss(
-            student(inputs.token_ids, inputs.batch),
+            student(inputs.token_ids, inputs.batch, stream=stream),
             student.lm_head.weight,
             teacher_hidden,
             teacher.lm_head.weight,
@@ -140,6 +151,9 @@ def distill_step(
             num_labels=inputs.num_labels,
         )
     release(teacher)
+    if stream and targets:
+        errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
+        loss = loss + options.hidden_weight * torch.stack(errors).mean()
     (loss * ranks.world).backward()
     means = torch.stack([loss.detach(), sums.kl / inputs.num_tokens, sums.agreement / inputs.num_tokens])
     summed_loss, kl, agreement = total(means, ranks).unbind()

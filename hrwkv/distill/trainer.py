@@ -186,7 +186,13 @@ class _StageRun:
         self.settings, self.ranks, self.table = run.settings.stage(number), run.ranks, STAGES[number]
         self.steps = run.settings.steps(number)
         self.batch_tokens = run.settings.batch_tokens(number)
-        self.options = StepOptions(self.ranks, self.settings.kl_weight, self.settings.ce_weight, run.dtype)
+        self.options = StepOptions(
+            self.ranks,
+            kl_weight=self.settings.kl_weight,
+            ce_weight=self.settings.ce_weight,
+            hidden_weight=self.settings.hidden_weight,
+            dtype=run.dtype,
+        )
         self.optimiser = build_optimiser(student, self.settings)
         self.stream = run.corpus.stream(run.settings, number)
         self.checkpoints = Checkpoints(run.out / CHECKPOINTS, self.ranks, recipe=recipe)

@@ -107,8 +107,17 @@ class Backbone(nn.Module):
         self.rope = RotaryTable(config)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens: Tensor, batch: TokenBatch, cache: HybridCache | None = None) -> Tensor:
-        """tokens: [T] int64 ids, or [T, D] embeddings. Returns hidden [T, D] after the final norm."""
+    def forward(
+        self,
+        tokens: Tensor,
+        batch: TokenBatch,
+        cache: HybridCache | None = None,
+        stream: list[Tensor] | None = None,
+    ) -> Tensor:
+        """tokens: [T] int64 ids, or [T, D] embeddings. Returns hidden [T, D] after the final norm.
+
+        stream: receives the residual stream [T, D] after each block, for those who align or inspect it.
+        """
         hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         rope = self.rope(batch)
         memory = cache.by_layer(self.config) if cache is not None else [()] * len(self.layers)
@@ -119,6 +128,8 @@ class Backbone(nn.Module):
                 hidden, first = checkpoint(block, hidden, batch, rope, first, own, use_reentrant=False)
             else:
                 hidden, first = block(hidden, batch, rope, first, own)
+            if stream is not None:
+                stream.append(hidden)
         return self.norm(hidden)
 
 
@@ -137,9 +148,15 @@ class HybridModel(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, batch: TokenBatch, cache: HybridCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        batch: TokenBatch,
+        cache: HybridCache | None = None,
+        stream: list[Tensor] | None = None,
+    ) -> Tensor:
         """tokens: [T] int64 packed ids -> hidden [T, D]. ``cache`` is read and written in place."""
-        return self.model(tokens, batch, cache)
+        return self.model(tokens, batch, cache, stream)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V] (hxa079.md 17)."""

@@ -98,26 +98,41 @@ def test_alignment_keeps_one_layer_of_activations(make_pair: Pair) -> None:
     assert 0 < peaks[0] < peaks[1] / 2
 
 
+def residual_stream(model: HybridModel, inputs: StepInput) -> list[Tensor]:
+    """The stream after each block, by the blocks alone."""
+    hidden, first, stream = model.model.embed_tokens(inputs.token_ids), None, []
+    for block in model.model.layers:
+        hidden, first = block(hidden, inputs.batch, model.model.rope(inputs.batch), first)
+        stream.append(hidden)
+    return stream
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("ce_weight", [0.0, 0.5], ids=["kl", "kl+ce"])
+@pytest.mark.parametrize(
+    ("ce_weight", "hidden_weight"), [(0.0, 0.0), (0.5, 0.0), (0.0, 3.0)], ids=["kl", "kl+ce", "kl+hidden"]
+)
 def test_distillation_has_the_gradients_of_the_dense_loss(
-    make_pair: Pair, tied: bool, ce_weight: float
+    make_pair: Pair, tied: bool, ce_weight: float, hidden_weight: float
 ) -> None:
     """Those through the first layer's key and value included: nothing is detached in the student."""
     teacher, student = make_pair(tied=tied)
     set_trainable(student, stage=STAGES[2], mode="all")
     inputs = step_input()
-    result = distill_step(teacher, student, inputs, StepOptions(ALONE, ce_weight=ce_weight))
+    options = StepOptions(ALONE, ce_weight=ce_weight, hidden_weight=hidden_weight)
+    result = distill_step(teacher, student, inputs, options)
     fused = gradients(student)
     student.zero_grad()
-    target = teacher.compute_logits(teacher(inputs.token_ids, inputs.batch)).log_softmax(-1)
-    own = student.compute_logits(student(inputs.token_ids, inputs.batch)).log_softmax(-1)
+    theirs, ours = residual_stream(teacher, inputs), residual_stream(student, inputs)
+    target = teacher.compute_logits(teacher.model.norm(theirs[-1])).log_softmax(-1)
+    own = student.compute_logits(student.model.norm(ours[-1])).log_softmax(-1)
     kl = (target.exp() * (target - own)).sum(-1).mean()
     inside = torch.ones(len(inputs.token_ids), dtype=torch.bool)
     inside[inputs.batch.cu_seqlens[1:] - 1] = False
     nll = -own[inside].gather(-1, inputs.token_ids.roll(-1)[inside].unsqueeze(-1)).mean()
-    (kl + ce_weight * nll).backward()
-    torch.testing.assert_close(result.loss, (kl + ce_weight * nll).detach())
+    errors = [(x - y).square().sum() / y.square().sum().detach() for x, y in zip(ours, theirs, strict=True)]
+    loss = kl + ce_weight * nll + hidden_weight * sum(errors) / len(errors)
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss.detach())
     torch.testing.assert_close(result.kl, kl.detach())
     torch.testing.assert_close(result.agreement, (own.argmax(-1) == target.argmax(-1)).float().mean())
     dense = gradients(student)
