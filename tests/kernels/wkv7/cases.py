@@ -48,7 +48,7 @@ def run_with_grads(
     o, final_state = run(form, leaves, lengths, **options)
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in (o, final_state)]
-    loss = sum((y * weight.to(y.dtype)).sum() for y, weight in zip((o, final_state), weights, strict=True))
+    loss = sum((y * weight.to(y)).sum() for y, weight in zip((o, final_state), weights, strict=True))
     grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
     found = {"o": o, "final_state": final_state}
     found.update({f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)})
@@ -61,5 +61,5 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolera
     for name, x in expected.items():
         assert found[name].shape == x.shape, name
         assert found[name].isfinite().all(), f"{name} is not finite"
-        error = (found[name].to(torch.float64) - x).norm() / x.norm().clamp(min=1e-30)
+        error = (found[name].to(x) - x).norm() / x.norm().clamp(min=1e-30)
         assert error <= tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}"

@@ -43,6 +43,16 @@ def test_equals_naive_for_packed_sequences(lengths, chunk):
     assert_near(run_with_grads(chunk_torch.wkv7, inputs, lengths, chunk=chunk), expected, tolerance=FP64)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_size", [32, 64, 96, 128], ids="K{}".format)
+@pytest.mark.parametrize("lengths", [(64, 64, 64), (17, 0, 40, 64, 3)], ids=["equal", "ragged"])
+def test_equals_naive_on_a_gpu(lengths, key_size):
+    inputs = make_inputs(lengths, key_size=key_size)
+    expected = run_with_grads(naive.wkv7, inputs, lengths)
+    found = run_with_grads(chunk_torch.wkv7, [x.float().cuda() for x in inputs], lengths)
+    assert_near(found, expected, tolerance=FP32)
+
+
 @pytest.mark.parametrize("lengths", [(96, 96), (90, 31, 96)], ids=["equal", "ragged"])
 def test_equals_naive_across_blocks(lengths, monkeypatch):
     """Small inputs fit one block: make blocks of one step so that states and gradients cross them."""
