@@ -78,7 +78,7 @@ class StageSettings:
     """Weight of the next token's cross-entropy."""
     hidden_weight: float = 0.0
     """Weight of the residual stream's relative error after each block, in stages 2 and 3. Short runs learn
-    several times as much from a token with it; 0 distils the probabilities alone, as RADLADS does."""
+    about twice as much from a token with it; 0 distils the probabilities alone, as RADLADS does."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time; not for stage 1."""
 
