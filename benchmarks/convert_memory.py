@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from hrwkv.model.checkpoint import ShardWriter, expected_shapes
+from hrwkv.model.checkpoint import expected_shapes
 from hrwkv.model.families import config_from_teacher
+from hrwkv.model.shards import ShardWriter
 
 MIB = 2**20
 # Run as ``python -c``: arguments are teacher, output, GiB per shard; without any it imports and ends.

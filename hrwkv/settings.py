@@ -231,6 +231,42 @@ class ConvertSettings:
 
 
 @dataclass(frozen=True)
+class ImportSettings:
+    """What published weights do not say of themselves; None leaves it to a config, preset or teacher."""
+
+    rope_theta: float | None = None
+    """Base of RoPE's frequencies."""
+    rms_norm_eps: float | None = None
+    """Epsilon of the RMS norms."""
+    max_position_embeddings: int | None = None
+    """Longest context that the model is meant for."""
+    head_dim: int | None = None
+    """Size of a head, where no tensor has it (hxa07a and hxa07c without q/k norm)."""
+    variant: Literal["hxa079", "hxa07a", "hxa07c", "radlads"] | None = None
+    """Arithmetic of the mixer, where the source does not say it."""
+    linear_rope: bool | None = None
+    """RoPE in the RWKV layers; None: yes, unless a config says otherwise."""
+    attention_rope: bool | None = None
+    """RoPE in the layers that stayed attention; None: no, unless a config says otherwise."""
+    lora_scaling: float | None = None
+    """Scaling of LoRA and DoRA parts in a training checkpoint; 0.5 and 2.0 are both in use."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype to convert all weights to; None keeps theirs, which must then be one."""
+    allow_nan: bool = False
+    """Take weights that are not finite."""
+    max_shard_gib: float | None = None
+    """Largest file of weights in GiB, held in memory until it is written; None is about one layer."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for a value that no model can have."""
+        for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "head_dim", "max_shard_gib"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
+        scaling = self.lora_scaling
+        _require(scaling is None or abs(scaling) < float("inf"), "lora_scaling", scaling, "a finite number")
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """What a model is measured on."""
 

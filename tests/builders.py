@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hrwkv.layers.batch import TokenBatch
+from hrwkv.layers.time_mix import VARIANTS
 from hrwkv.model.config import FULL, LINEAR, HybridConfig
 from hrwkv.model.modeling import HybridModel
 
@@ -104,11 +105,17 @@ def hf_logits(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) -> Te
         return torch.cat([model(part.unsqueeze(0)).logits[0] for part in ids.split(list(lengths))])
 
 
+def ranks_of(variant: str) -> dict[str, int]:
+    """Those of ``RANKS`` that the variant has."""
+    return {f"{name}_rank": RANKS[f"{name}_rank"] for name in VARIANTS[variant].ranks}
+
+
 def hybrid_config(attention_layers: Sequence[int] = (2,), **changes: Any) -> HybridConfig:
     """A tiny hybrid; attention_layers without layer 0, or all layers for a teacher."""
     count = changes.get("num_hidden_layers", SIZES["num_hidden_layers"])
     kinds = [FULL if layer in attention_layers else LINEAR for layer in range(count)]
-    ranks = RANKS if LINEAR in kinds else {}
+    variant = changes.get("variant", "hxa079")
+    ranks = ranks_of(variant) if LINEAR in kinds and variant in VARIANTS else {}
     values = {**SIZES, **ranks, "layer_types": kinds, "attention_rope": LINEAR not in kinds, **changes}
     return HybridConfig(**values)
 

@@ -43,7 +43,7 @@ BORDERS = [
 KEYWORD_BORDER = {"hrwkv/model/hf.py", "hrwkv/model/config.py"}
 KERNEL_LIBRARIES = {"hrwkv", "torch", "triton"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:home|root|work|Users|mnt|media|scratch)/")
-TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".sh", ".cfg", ".yml", ".yaml", ""}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".jinja", ".txt", ".json", ".jsonl", ".sh", ".cfg", ".yml", ""}
 SHIPPED_MODEL = ROOT / "examples" / "tiny_teacher" / "model"
 
 

@@ -23,7 +23,10 @@ hrwkv generate run/stage2 --prompt-file question.txt --temperature 0.8 --top-p 0
 CHAT_EXAMPLES = """
 hrwkv chat run/stage2
 hrwkv chat run/stage2 --system "Answer briefly." --temperature 0
+hrwkv chat reka-hybrid --no-reasoning
 """
+# The name of the tokenizer's template for answers without reasoning, beside "default".
+NO_REASONING = "no_reasoning"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class SamplingSettings:
     seed: int | None = None
     """Seed of the sampling, for the same text again; left out, every run is another one."""
     stop: tuple[str, ...] = ()
-    """Text that ends the answer and is not part of it; may be given more than once."""
+    """Text that ends the answer, as the model's own stop texts do, and is not part of it; may be given more
+    than once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers that the weights are held in; bfloat16 is for GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -74,14 +78,12 @@ def chat(
     /,
     *,
     system: Annotated[str | None, Parameter(help="Instruction before the conversation.")] = None,
+    no_reasoning: Annotated[bool, Parameter(help="Answer at once, without reasoning.", negative=())] = False,
     settings: Annotated[SamplingSettings, Parameter(name="*", group="Sampling")] = SamplingSettings(),  # noqa: B008 (frozen)
 ) -> None:
     """Talk with a model; /reset forgets the conversation, /exit or Ctrl-D ends it."""
     writer = Writer.open(model, settings)
-    if not writer.tokenizer.chat_template:
-        raise ValueError(
-            f"{model} has no chat template: use hrwkv generate, or a model that was trained to chat"
-        )
+    template = _chat_template(writer.tokenizer, model, no_reasoning=no_reasoning)
     display = Display()
     display.line("Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.", "dim")
     start = [{"role": "system", "content": system}] if system else []
@@ -91,9 +93,7 @@ def chat(
             messages = list(start)
             continue
         messages.append({"role": "user", "content": text})
-        ids = writer.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        ids = _prompt(writer.tokenizer, messages, template)
         messages.append({"role": "assistant", "content": writer.stream(ids)})
         sys.stdout.write("\n")
 
@@ -108,20 +108,24 @@ class Writer:
 
     @classmethod
     def open(cls, path: Path, settings: SamplingSettings) -> Writer:
-        """Model and tokenizer of a directory; its generation config fills what the flags leave out."""
+        """Model and tokenizer of a directory; its generation config fills what the flags leave out.
+
+        Its stop texts are added to those of the flags.
+        """
         from hrwkv.model.generate import Sampling
 
         model, tokenizer = open_writer(path, device=settings.device, dtype=settings.dtype)
         default = model.generation_config
         given = settings.temperature
         temperature = given if given is not None else (default.temperature or 1.0) * bool(default.do_sample)
+        own = default.stop_strings or ()
         sampling = Sampling(
             max_new_tokens=settings.max_tokens,
             temperature=temperature,
             top_p=_first(settings.top_p, default.top_p, 1.0),
             top_k=_first(settings.top_k, default.top_k, 0),
             seed=secrets.randbits(31) if settings.seed is None else settings.seed,
-            stop=settings.stop,
+            stop=(*settings.stop, *([own] if isinstance(own, str) else own)),
         )
         return cls(model, tokenizer, sampling)
 
@@ -135,6 +139,35 @@ class Writer:
             sys.stdout.write(piece)
             sys.stdout.flush()
         return "".join(pieces)
+
+
+def _chat_template(tokenizer: Any, model: Path, *, no_reasoning: bool) -> str:
+    """The template to talk with. Raises ValueError if the tokenizer has none of that name."""
+    own = tokenizer.chat_template
+    templates = own if isinstance(own, dict) else {"default": own}
+    template: str | None = templates.get(NO_REASONING if no_reasoning else "default")
+    if template:
+        return template
+    if no_reasoning:
+        raise ValueError(
+            f"{model} has no chat template named {NO_REASONING}: leave out --no-reasoning, or write one as "
+            f"additional_chat_templates/{NO_REASONING}.jinja"
+        )
+    raise ValueError(f"{model} has no chat template: use hrwkv generate, or a model that was trained to chat")
+
+
+def _prompt(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
+    """Token ids of a conversation. Raises ValueError if the template refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+    ids: list[int] = encoded["input_ids"]
+    return ids
 
 
 def _first(*values: Any) -> Any:

@@ -3,7 +3,8 @@
 A recipe holds ``[convert]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file tells the whole way from a
 teacher to a student; a command reads its own table, ``demo`` reads all of them. A flag wins over the recipe,
 the recipe over the built-in value, one by one: ``--stage2.tokens`` alone leaves the rest of stage 2 as it
-was.
+was. A recipe for one published teacher is its preset too: what ``[teacher]`` and ``[chat]`` hold is read by
+``hrwkv.convert.presets``, not here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hrwkv.settings import DistillSettings
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TABLES = ("convert", "distill", "eval", "demo")
+PRESET_TABLES = ("teacher", "chat")
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
 COMMA_LISTS = ("attention-layers", "passkey-lengths", "passkey-depths")
@@ -74,20 +76,24 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The tables of a recipe. Raises ValueError if it is no TOML or has something else at the top."""
+    """The commands' tables of a recipe. Raises ValueError if it is no TOML or has something else at the top.
+
+    The tables of a preset are only known by name here.
+    """
+    known = (*TABLES, *PRESET_TABLES)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
     for key, value in values.items():
-        if key not in TABLES or not isinstance(value, dict):
-            near = get_close_matches(key, TABLES, n=1)
+        if key not in known or not isinstance(value, dict):
+            near = get_close_matches(key, known, n=1)
             hint = (
-                f"did you mean [{near[0]}]?" if near and key not in TABLES else "put the key into one of them"
+                f"did you mean [{near[0]}]?" if near and key not in known else "put the key into one of them"
             )
-            expected = ", ".join(f"[{name}]" for name in TABLES)
+            expected = ", ".join(f"[{name}]" for name in known)
             raise ValueError(f"recipe {path} has {key!r} at the top, expected the tables {expected}: {hint}")
-    return values
+    return {key: value for key, value in values.items() if key in TABLES}
 
 
 def nested_defaults(settings: type[Any]) -> dict[str, Any]:

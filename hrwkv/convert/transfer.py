@@ -11,7 +11,7 @@ import hashlib
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +22,6 @@ from torch import Tensor
 
 from hrwkv.convert.initialise import copy_factors, initial_value, rank_sizes
 from hrwkv.model.checkpoint import (
-    CheckpointError,
-    ShardReader,
-    ShardWriter,
     carried_names,
     check_names,
     check_tied_head,
@@ -33,6 +30,7 @@ from hrwkv.model.checkpoint import (
     write_config,
 )
 from hrwkv.model.config import FULL, LINEAR, RANKS, HybridConfig
+from hrwkv.model.shards import CheckpointError, ShardReader, ShardWriter
 from hrwkv.settings import ConvertSettings
 
 Report = Callable[[str, int, int], None]
@@ -57,6 +55,7 @@ MIXER_FIELDS = (
     "attention_output_bias",
     "qk_norm",
     "rope_parameters",
+    "linear_rope",
     "variant",
 )
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,8 +119,7 @@ def convert(
     used = {step.source for step in steps if step.reader is reader}
     dropped = tuple(name for name in reader.names() if name not in used)
     dtype = reader.read("model.embed_tokens.weight").dtype
-    shard_bytes = _shard_bytes(steps, settings, dtype)
-    with ShardWriter(out, max_shard_bytes=shard_bytes) as writer:
+    with ShardWriter(out, max_shard_bytes=_shard_bytes(steps, settings, dtype)) as writer:
         for number, step in enumerate(steps, start=1):
             if report is not None:
                 report(step.name, number, len(steps))
@@ -232,13 +230,18 @@ def _tensor(step: Step, config: HybridConfig, settings: ConvertSettings, *, dtyp
 
 
 def _shard_bytes(steps: list[Step], settings: ConvertSettings, dtype: torch.dtype) -> int:
-    """The limit that is given, else the largest layer: a shard is what a conversion holds in memory."""
+    """The limit that is given, else the largest layer."""
     if settings.max_shard_gib is not None:
         return int(settings.max_shard_gib * 1024**3)
+    return largest_layer_bytes({step.name: math.prod(step.shape) * dtype.itemsize for step in steps})
+
+
+def largest_layer_bytes(sizes: Mapping[str, int]) -> int:
+    """A limit for shards, which is what a streamed model holds in memory. sizes: bytes of every tensor."""
     layers: Counter[str] = Counter()
-    for step in steps:
-        if step.name.startswith("model.layers."):
-            layers[step.name.split(".")[2]] += math.prod(step.shape) * dtype.itemsize
+    for name, size in sizes.items():
+        if name.startswith("model.layers."):
+            layers[name.split(".")[2]] += size
     return max(SMALL_SHARD_BYTES, *layers.values())
 
 
@@ -247,7 +250,7 @@ def _open_teacher(path: Path) -> tuple[HybridConfig, ShardReader]:
     config = load_config(path)
     if config.linear_layers:
         raise ValueError(f"{path} is a hybrid already, expected a teacher whose layers are all attention")
-    return config, _checked_reader(path, config)
+    return config, checked_reader(path, config)
 
 
 def _open_mixers(path: Path, teacher: HybridConfig) -> tuple[HybridConfig, ShardReader]:
@@ -260,10 +263,11 @@ def _open_mixers(path: Path, teacher: HybridConfig) -> tuple[HybridConfig, Shard
                 f"{path} has {name} {theirs}, but the teacher has {ours}: "
                 "take mixers from a student of this teacher"
             )
-    return config, _checked_reader(path, config)
+    return config, checked_reader(path, config)
 
 
-def _checked_reader(path: Path, config: HybridConfig) -> ShardReader:
+def checked_reader(path: Path, config: HybridConfig) -> ShardReader:
+    """The weights of a model directory; CheckpointError unless names and shapes are those of its config."""
     reader = ShardReader(path)
     names = carried_names(path, reader.names())
     check_names({name: reader.shape(name) for name in names}, expected_shapes(config), path)
@@ -304,8 +308,13 @@ def _record(
         "ranks": {name: getattr(config, name) for name in RANKS},
         "factors": copy_factors(settings),
         "dropped": list(dropped),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a conversion depends on, for its record."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:

@@ -22,8 +22,8 @@ import torch
 
 from hrwkv.distill.optimiser import optimiser_state, trained_parameters
 from hrwkv.distill.parallel import Ranks, barrier, load_state, save_state
-from hrwkv.model.checkpoint import read_json
 from hrwkv.model.modeling import HybridModel
+from hrwkv.model.shards import read_json
 from hrwkv.settings import DistillSettings
 
 NAME = re.compile(r"stage(\d)-step(\d{7})")

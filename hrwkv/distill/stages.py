@@ -24,8 +24,6 @@ from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import HybridModel
 
-# Layer 0 has no first layer to mix with: these exist for the file format only, and no gradient reaches them.
-UNREAD = re.compile(r"model\.layers\.0\.self_attn\.[vk][012]")
 FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
 MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
 
@@ -186,9 +184,9 @@ def validation_sums(
     return Measures(*total(sums, options.ranks).unbind())
 
 
-def trains(name: str, *, stage: Stage, mode: Mode) -> bool:
-    """True if the student's parameter of this name trains in this stage."""
-    if UNREAD.fullmatch(name):
+def trains(name: str, *, stage: Stage, mode: Mode, unread: frozenset[str]) -> bool:
+    """True if the student's parameter of this name trains in this stage; ``unread`` never get a gradient."""
+    if name in unread:
         return False
     if stage.mixers_only:
         return MIXER.fullmatch(name) is not None
@@ -197,8 +195,9 @@ def trains(name: str, *, stage: Stage, mode: Mode) -> bool:
 
 def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
     """Give ``requires_grad`` to what trains and take it from everything else."""
+    unread = student.config.unread_parameters
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trains(name, stage=stage, mode=mode))
+        parameter.requires_grad_(trains(name, stage=stage, mode=mode, unread=unread))
 
 
 def share_frozen(student: HybridModel, teacher: HybridModel, *, ranks: Ranks) -> None:

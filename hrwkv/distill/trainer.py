@@ -40,8 +40,9 @@ from hrwkv.distill.stages import (
     split_rows,
     validation_sums,
 )
-from hrwkv.model.checkpoint import ShardWriter, load_config, load_model, read_json, write_config
+from hrwkv.model.checkpoint import load_config, load_model, write_config
 from hrwkv.model.modeling import HybridModel
+from hrwkv.model.shards import ShardWriter, read_json
 from hrwkv.settings import DistillSettings
 
 logger = logging.getLogger(__name__)

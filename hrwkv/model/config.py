@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hrwkv.layers.time_mix import VARIANTS
+
 LINEAR, FULL = "linear_attention", "full_attention"
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-VARIANTS = ("hxa079",)
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -28,11 +29,13 @@ RANKS = ("decay_rank", "iclr_rank", "value_rank", "key_rank", "gate_rank")
 class HybridConfig(PreTrainedConfig):
     """Sizes of the teacher, the kind of every layer, and the low-rank sizes of the RWKV-7 mixer.
 
-    layer_types: ``"linear_attention"`` or ``"full_attention"`` per layer. Layer 0 is linear in a hybrid: the
-    value and key residuals of all other linear layers lead to it.
+    layer_types: ``"linear_attention"`` or ``"full_attention"`` per layer. Layer 0 of a hybrid is linear if
+    the variant has a residual to it.
     attention_rope: RoPE in the full-attention layers; a teacher has it, a finished hybrid does not.
-    variant: the mixer's arithmetic (docs/hxa079.md, table of variants).
-    decay_rank .. gate_rank: inner sizes of the low-rank products; None only where no layer is linear.
+    linear_rope: RoPE in the linear layers. variant: the mixer's arithmetic, a key of ``VARIANTS``
+    (docs/hxa079.md, section 7).
+    decay_rank .. gate_rank: inner sizes of the low-rank products; None where no layer is linear, and for a
+    product that the variant lacks.
 
     Raises ValueError, naming the field, for a value that no model can have.
     """
@@ -59,6 +62,7 @@ class HybridConfig(PreTrainedConfig):
     qk_norm: bool = False
     layer_types: list[str] = None  # type: ignore[assignment]
     attention_rope: bool = True
+    linear_rope: bool = True
     variant: str = "hxa079"
     decay_rank: int = None  # type: ignore[assignment]
     iclr_rank: int = None  # type: ignore[assignment]
@@ -93,6 +97,20 @@ class HybridConfig(PreTrainedConfig):
         """Indices of the attention layers."""
         return [i for i, kind in enumerate(self.layer_types or []) if kind == FULL]
 
+    @property
+    def rank_names(self) -> tuple[str, ...]:
+        """Those of ``RANKS`` that the variant has a product for."""
+        return tuple(f"{name}_rank" for name in VARIANTS[self.variant].ranks)
+
+    @property
+    def unread_parameters(self) -> frozenset[str]:
+        """The residuals' parameters in layer 0 itself: the format has them, no forward reads them."""
+        if LINEAR not in (self.layer_types or []):
+            return frozenset()
+        variant = VARIANTS[self.variant]
+        letters = "v" * variant.gates_value + "k" * variant.key_residual
+        return frozenset(f"model.layers.0.self_attn.{letter}{i}" for letter in letters for i in range(3))
+
     def _check_sizes(self, names: Iterable[str]) -> None:
         for name in names:
             value = getattr(self, name)
@@ -126,12 +144,19 @@ class HybridConfig(PreTrainedConfig):
             )
         if not self.linear_layers:
             return
-        if self.layer_types[0] != LINEAR:
+        if VARIANTS[self.variant].reads_layer_0 and self.layer_types[0] != LINEAR:
             raise ValueError(
-                "layer 0 is full attention, expected linear attention: the value and key residuals of all "
+                f"layer 0 is full attention, expected linear attention: {self.variant}'s residuals of all "
                 "other RWKV layers lead to layer 0, so keep another layer as attention"
             )
-        missing = [name for name in RANKS if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"a hybrid needs {', '.join(missing)}: give a size of at least 1")
-        self._check_sizes(RANKS)
+        if missing := [name for name in self.rank_names if getattr(self, name) is None]:
+            raise ValueError(
+                f"a hybrid of variant {self.variant} needs {', '.join(missing)}: give a size of at least 1"
+            )
+        unknown = [name for name in RANKS if name not in self.rank_names and getattr(self, name) is not None]
+        if unknown:
+            raise ValueError(
+                f"variant {self.variant} has no place for {', '.join(unknown)}: leave it out, or choose "
+                "another variant"
+            )
+        self._check_sizes(self.rank_names)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from hrwkv.layers.attention import Attention
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope, SwiGLU
-from hrwkv.layers.time_mix import FirstLayer, LowRankSizes, TimeMix
+from hrwkv.layers.time_mix import VARIANTS, FirstLayer, LowRankSizes, TimeMix
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import LINEAR, HybridConfig
 from hrwkv.model.rope import RotaryTable
@@ -24,7 +24,7 @@ class Block(nn.Module):
     def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
         self.is_linear = config.layer_types[layer] == LINEAR
-        self.rotates = self.is_linear or config.attention_rope
+        self.rotates = config.linear_rope if self.is_linear else config.attention_rope
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = build_mixer(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -38,7 +38,7 @@ class Block(nn.Module):
         first: FirstLayer | None = None,
         memory: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, FirstLayer | None]:
-        """hidden [T, D] -> hidden [T, D], and the first linear layer's value and key."""
+        """hidden [T, D] -> hidden [T, D], and the first layer's value and key where a residual reads them."""
         mixed, first = self.mix(self.input_layernorm(hidden), batch, rope, first, memory)
         return self.feed_forward(hidden + mixed), first
 
@@ -51,12 +51,12 @@ class Block(nn.Module):
         memory: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, FirstLayer | None]:
         """The mixer alone on normed x [T, D]; ``memory`` is this layer's part of a cache."""
+        own_rope = rope if self.rotates else None
         if self.is_linear:
             state = memory[0] if memory else None
-            return self.self_attn(x, batch, rope=rope, first=first, state=state)
+            return self.self_attn(x, batch, rope=own_rope, first=first, state=state)
         k_cache, v_cache = memory or (None, None)
-        y = self.self_attn(x, batch, rope=rope if self.rotates else None, k_cache=k_cache, v_cache=v_cache)
-        return y, first
+        return self.self_attn(x, batch, rope=own_rope, k_cache=k_cache, v_cache=v_cache), first
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """The second half of the block, residual included."""
@@ -89,6 +89,7 @@ def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         ranks=ranks,
+        variant=VARIANTS[config.variant],
         bias=config.attention_bias,
         output_bias=config.attention_output_bias,
         qk_norm_eps=qk_norm_eps,

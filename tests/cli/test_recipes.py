@@ -7,6 +7,9 @@ from hrwkv.cli.recipes import RECIPES, find_recipe, merged, read_recipe
 from hrwkv.settings import ConvertSettings, DemoSettings, DistillSettings, EvalSettings, StageSettings
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.toml"))
+# A teacher's preset is a recipe for convert; the others tell the whole way.
+WHOLE = ["tiny-demo", "tiny-gpu"]
+PRESETS = [name for name in SHIPPED if name not in WHOLE]
 
 
 def parse(*words: str) -> dict[str, object]:
@@ -79,7 +82,7 @@ def test_lists_may_be_written_with_commas_or_repeated() -> None:
     assert commas == repeated == EvalSettings(passkey_lengths=(1, 2, 3), passkey_depths=(0.0, 0.5))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", WHOLE)
 def test_shipped_recipe_is_whole(name: str) -> None:
     found = parse("demo", "--recipe", name)
     assert isinstance(found["convert"], ConvertSettings)
@@ -87,6 +90,43 @@ def test_shipped_recipe_is_whole(name: str) -> None:
     assert isinstance(found["demo"], DemoSettings)
     table = read_recipe(find_recipe(name))["distill"]
     assert found["distill"].stage1.tokens == table["stage1"]["tokens"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shipped_preset_is_a_recipe_for_convert(name: str) -> None:
+    settings = parse("convert", "teacher", "out", "--recipe", name)["settings"]
+    table = read_recipe(find_recipe(name))["convert"]
+    layers = table.get("attention_layers")
+    assert settings == ConvertSettings(
+        attention_layers=layers and tuple(layers), keep_attention=table.get("keep_attention")
+    )
+
+
+def test_what_a_preset_says_of_its_teacher_reaches_no_command(tmp_path: Path) -> None:
+    """``demo`` has a flag --teacher, and ``chat`` is a command: neither may take the table of its name."""
+    path = tmp_path / "recipe.toml"
+    plain = "[convert]\nkeep_attention = 1\n"
+    path.write_text(f"{plain}[teacher]\nmodel_type = 'llama'\n[chat]\nsystem = 'no flag'\n")
+    assert read_recipe(path) == {"convert": {"keep_attention": 1}}
+    found = parse("demo", "--recipe", str(path))
+    path.write_text(plain)
+    assert found == parse("demo", "--recipe", str(path))
+    assert parse("chat", "model")["system"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[teachers]\n", r"'teachers' at the top.*\[demo\], \[teacher\], \[chat\].*mean \[teacher\]\?"),
+        ("chat = 'x'\n", r"'chat' at the top.*put the key into one of them"),
+    ],
+    ids=["nearly-a-name", "no-table"],
+)
+def test_preset_tables_are_known_by_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)
 
 
 def test_demo_uses_its_recipe_without_being_told() -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrwkv.convert.transfer import choose_layers, convert
-from hrwkv.model import checkpoint
-from hrwkv.model.checkpoint import CheckpointError, ShardReader, ShardWriter, load_model, save_model
+from hrwkv.model import shards
+from hrwkv.model.checkpoint import load_model, save_model
 from hrwkv.model.config import RANKS
+from hrwkv.model.shards import CheckpointError, ShardReader, ShardWriter
 from hrwkv.settings import ConvertSettings
 from tests.builders import (
     FAMILY_CASES,
@@ -295,7 +296,7 @@ def test_a_full_disk_leaves_nothing(
         save_file(tensors, file, metadata=metadata)
         written.append(file)
 
-    monkeypatch.setattr(checkpoint, "save_file", fill)
+    monkeypatch.setattr(shards, "save_file", fill)
     with pytest.raises(CheckpointError, match="cannot write .*No space left on device"):
         convert(tmp_path / "teacher", tmp_path / "deep" / "out", settings_for(max_shard_gib=1e-5))
     assert len(written) == shards_before

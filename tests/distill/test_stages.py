@@ -22,7 +22,9 @@ from hrwkv.distill.stages import (
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.config import FULL, LINEAR
 from hrwkv.model.modeling import HybridModel
+from tests.builders import hybrid_config
 
+UNREAD = hybrid_config().unread_parameters
 ALONE = Ranks(0, 1, torch.device("cpu"))
 LENGTHS = (7, 1, 12, 4)
 Pair = Callable[..., tuple[HybridModel, HybridModel]]
@@ -66,7 +68,7 @@ def test_alignment_layer_by_layer_has_the_gradients_of_the_joint_loss(make_pair:
     torch.testing.assert_close(stepwise, joint)
     # Every mixer parameter that is read has a gradient, the kept attention layer's too.
     assert stepwise.keys() == {
-        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[1], mode="all")
+        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[1], mode="all", unread=UNREAD)
     }
     assert all(gradient.abs().sum() > 0 for gradient in stepwise.values())
 
@@ -137,7 +139,7 @@ def test_distillation_has_the_gradients_of_the_dense_loss(
     torch.testing.assert_close(result.agreement, (own.argmax(-1) == target.argmax(-1)).float().mean())
     dense = gradients(student)
     assert fused.keys() == {
-        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[2], mode="all")
+        n for n, _ in student.named_parameters() if trains(n, stage=STAGES[2], mode="all", unread=UNREAD)
     }
     # fp32 gradients of one another through four layers: relative to their own size.
     for name, gradient in fused.items():
@@ -198,7 +200,7 @@ def test_sharing_refuses_a_student_whose_frozen_weights_differ(make_pair: Pair, 
     ],
 )
 def test_what_trains(stage: int, mode: str, name: str, expected: bool) -> None:
-    assert trains(name, stage=STAGES[stage], mode=mode) is expected
+    assert trains(name, stage=STAGES[stage], mode=mode, unread=UNREAD) is expected
 
 
 def test_rows_of_all_processes_are_the_batch() -> None:

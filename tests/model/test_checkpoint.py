@@ -9,17 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hrwkv.model import checkpoint
+from hrwkv.model import shards
 from hrwkv.model.checkpoint import (
-    COMPANIONS,
-    INDEX,
-    CheckpointError,
-    ShardReader,
-    ShardWriter,
     load_config,
     load_model,
     save_model,
 )
+from hrwkv.model.shards import COMPANIONS, INDEX, CheckpointError, ShardReader, ShardWriter
 from tests.builders import hf_teacher, hybrid_model, logits_of, random_ids
 
 MODELS = {
@@ -83,10 +79,12 @@ def test_what_belongs_to_a_model_comes_along(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in (*COMPANIONS, "training_args.bin", "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
     save_model(hybrid_model(), tmp_path / "saved", companions=source)
-    names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert names == {*COMPANIONS, "config.json", "model.safetensors"}
+    saved = tmp_path / "saved"
+    names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert names == {*COMPANIONS, "config.json", "model.safetensors", "SHA256SUMS"}
 
 
 def saved_model(path: Path) -> Path:
@@ -238,7 +236,7 @@ def test_a_full_disk_leaves_nothing(
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_on_the_second)
+    monkeypatch.setattr(shards, "save_file", fail_on_the_second)
     with pytest.raises(CheckpointError, match=r"cannot write .*out \(.*No space left on device.*\): free"):
         write_four(tmp_path / name)
     assert len(calls) == 2

@@ -27,12 +27,48 @@ def test_what_follows_from_other_fields() -> None:
 def test_a_file_gives_the_same_config(tmp_path: Path) -> None:
     config = hybrid_config(
         attention_layers=(2,),
+        variant="radlads",
+        linear_rope=False,
         qk_norm=True,
         eos_token_id=[2, 5],
         rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
     )
     config.save_pretrained(tmp_path)
-    assert load_config(tmp_path).to_dict() == config.to_dict()
+    again = load_config(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert (again.variant, again.linear_rope, again.key_rank) == ("radlads", False, None)
+
+
+RANK_NAMES = {
+    "hxa079": ("decay_rank", "iclr_rank", "value_rank", "key_rank", "gate_rank"),
+    "hxa07a": ("decay_rank", "iclr_rank", "gate_rank"),
+    "hxa07c": ("decay_rank", "iclr_rank", "value_rank", "gate_rank"),
+    "radlads": ("decay_rank", "iclr_rank", "value_rank", "gate_rank"),
+}
+
+
+@pytest.mark.parametrize("variant", RANK_NAMES)
+def test_every_rank_that_a_variant_has_is_needed_and_no_other(variant: str) -> None:
+    needed = RANK_NAMES[variant]
+    assert hybrid_config(variant=variant).rank_names == needed
+    for name in RANK_NAMES["hxa079"]:
+        if name in needed:
+            with pytest.raises(ValueError, match=f"a hybrid of variant {variant} needs {name}: give"):
+                hybrid_config(variant=variant, **{name: None})
+        else:
+            with pytest.raises(ValueError, match=f"variant {variant} has no place for {name}: leave it out"):
+                hybrid_config(variant=variant, **{name: 3})
+
+
+@pytest.mark.parametrize("variant", ["hxa07a", "hxa07c"])
+def test_layer_0_is_any_layer_without_a_residual_to_it(variant: str) -> None:
+    assert hybrid_config(attention_layers=(0,), variant=variant).linear_layers == [1, 2, 3]
+
+
+@pytest.mark.parametrize("variant", ["hxa079", "radlads"])
+def test_layer_0_is_linear_where_residuals_lead_to_it(variant: str) -> None:
+    with pytest.raises(ValueError, match=f"layer 0 is full attention.*{variant}'s residuals"):
+        hybrid_config(attention_layers=(0,), variant=variant)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -45,10 +81,13 @@ def test_defaults_of_our_own_class_do_not_hide_a_teachers(family: str) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "layer-0-attention": ({"layer_types": [FULL, LINEAR, LINEAR, LINEAR]}, "layer 0 is full attention"),
     "too-few-kinds": ({"layer_types": [LINEAR] * 3}, "layer_types has 3 entries"),
     "unknown-kind": ({"layer_types": [LINEAR, "sliding_attention", LINEAR, LINEAR]}, "sliding_attention"),
-    "no-rank": ({"gate_rank": None, "key_rank": None}, "needs key_rank, gate_rank"),
+    "no-rank": ({"gate_rank": None, "key_rank": None}, "variant hxa079 needs key_rank, gate_rank: give"),
+    "ranks-of-another-variant": (
+        {"variant": "hxa07a", "value_rank": 3, "key_rank": 3},
+        "variant hxa07a has no place for value_rank, key_rank: leave",
+    ),
     "negative-rank": ({"value_rank": -3}, "value_rank is -3"),
     "no-heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "no-kv-heads": ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
@@ -57,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no-head": ({"head_dim": 0}, "head_dim is 0"),
     "word": ({"vocab_size": "many"}, "vocab_size is 'many'"),
     "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    "variant": ({"variant": "hxa07c"}, "variant is 'hxa07c', expected one of hxa079"),
+    "variant": ({"variant": "hxa07b"}, "is 'hxa07b', expected one of hxa079, hxa07a, hxa07c, radlads"),
     "rope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
 }
 

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hrwkv.model.checkpoint import CheckpointError, save_model
+from hrwkv.model.checkpoint import save_model
 from hrwkv.model.generate import (
     Sampling,
     choose_tokens,
@@ -16,6 +16,7 @@ from hrwkv.model.generate import (
     stream_tokens,
 )
 from hrwkv.model.hf import HybridForCausalLM
+from hrwkv.model.shards import CheckpointError
 from tests.builders import hf_teacher, hybrid_model, random_ids
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

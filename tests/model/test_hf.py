@@ -24,10 +24,13 @@ from tests.builders import (
 )
 
 MODELS = {
-    "hybrid": (2,),
-    "two-kept": (1, 3),
-    "all-linear": (),
-    "all-attention": (0, 1, 2, 3),
+    "hybrid": {"kept": (2,)},
+    "two-kept": {"kept": (1, 3)},
+    "all-linear": {"kept": ()},
+    "all-attention": {"kept": (0, 1, 2, 3)},
+    "hxa07a": {"kept": (0, 2), "variant": "hxa07a"},
+    "hxa07c": {"kept": (2,), "variant": "hxa07c"},
+    "radlads": {"kept": (1, 3), "variant": "radlads", "linear_rope": False},
 }
 LENGTHS = [7, 3, 5]
 # The cached and the uncached forward add up in another order; logits are of size 10.
@@ -40,7 +43,7 @@ def build(kept: tuple[int, ...] = (2,), **changes: Any) -> HybridForCausalLM:
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> HybridForCausalLM:
-    return build(MODELS[request.param])
+    return build(**MODELS[request.param])
 
 
 def left_padded(lengths: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -63,7 +66,9 @@ def generate(model: HybridForCausalLM, ids: Tensor, **arguments: Any) -> Tensor:
 
 
 def test_logits_are_the_core_models(model: HybridForCausalLM) -> None:
-    core = hybrid_model(model.config.full_layers, eos_token_id=None)
+    core = hybrid_model(
+        model.config.full_layers, variant=model.config.variant, linear_rope=model.config.linear_rope
+    )
     ids = random_ids(12)
     expected = logits_of(core, ids, [6, 6]).view(2, 6, VOCAB)
     assert torch.equal(no_grad_logits(model, ids.view(2, 6), use_cache=False), expected)
@@ -300,14 +305,17 @@ def test_lora_trains_saves_reloads_and_merges(tmp_path: Path) -> None:
     torch.testing.assert_close(no_grad_logits(merged, ids), trained, **CLOSE)
 
 
-def test_a_model_from_a_config_learns_in_every_layer() -> None:
-    config = hybrid_config(eos_token_id=None)
+@pytest.mark.parametrize(
+    ("variant", "own"), [("hxa079", ("r_k",)), ("hxa07a", ()), ("hxa07c", ("v1",)), ("radlads", ())]
+)
+def test_a_model_from_a_config_learns_in_every_layer(variant: str, own: tuple[str, ...]) -> None:
+    config = hybrid_config(eos_token_id=None, variant=variant)
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is HybridForCausalLM
     mixers = [module for module in model.modules() if isinstance(module, TimeMix)]
     assert len(mixers) == 3
     model(random_ids(7)[None], labels=random_ids(7)[None]).loss.backward()
-    for name in ("w0", "w1", "a1", "g1", "g2", "r_k", "receptance.weight"):
+    for name in ("w0", "w1", "a1", "g1", "g2", "receptance.weight", *own):
         assert all(mixer.get_parameter(name).grad.abs().sum() > 0 for mixer in mixers), name
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hrwkv.layers.batch import TokenBatch
+from hrwkv.layers.time_mix import VARIANTS
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import FULL, LINEAR, HybridConfig
 from hrwkv.model.modeling import HybridModel
@@ -29,7 +30,18 @@ MODELS = {
     "hybrid-qwen2": {"attention_layers": (1,), "attention_bias": True, "attention_output_bias": True},
     "hybrid-rope": {"attention_layers": (3,), "attention_rope": True},
     "pure-rwkv": {"attention_layers": ()},
+    "hybrid-nope": {"attention_layers": (2,), "linear_rope": False},
+    "hxa07a": {"attention_layers": (0, 2), "variant": "hxa07a", "attention_bias": True},
+    "hxa07c": {"attention_layers": (2,), "variant": "hxa07c"},
+    "radlads": {"attention_layers": (), "variant": "radlads", "qk_norm": True},
     "teacher": {"attention_layers": (0, 1, 2, 3)},
+}
+# Layer 0 has no residual to itself, so its gates are the only parameters without a gradient.
+UNREAD = {
+    "hxa079": ("v0", "v1", "v2", "k0", "k1", "k2"),
+    "hxa07a": (),
+    "hxa07c": (),
+    "radlads": ("v0", "v1", "v2"),
 }
 
 
@@ -148,10 +160,11 @@ def test_cached_sequences_do_not_see_each_other() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("variant", UNREAD)
 @pytest.mark.parametrize("frozen", [(), ("mlp", "embed_tokens")], ids=["all-train", "mlp-frozen"])
-def test_gradient_checkpointing_gives_the_same_gradients(frozen: tuple[str, ...]) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(frozen: tuple[str, ...], variant: str) -> None:
     """Reentrant checkpointing around frozen parameters gave silently wrong gradients elsewhere."""
-    model = hybrid_model()
+    model = hybrid_model(variant=variant)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     gradients = []
@@ -162,18 +175,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen: tuple[str, ...]
         logits = model.compute_logits(model(random_ids(30), TokenBatch.from_lengths([11, 19])))
         logits.log_softmax(-1)[:, 3].sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    # Layer 0 has no residual to itself, so its gates are the only ones without a gradient.
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unread = {f"model.layers.0.self_attn.{name}" for name in ("v0", "v1", "v2", "k0", "k1", "k2")}
+    unread = {f"model.layers.0.self_attn.{name}" for name in UNREAD[variant]}
     assert gradients[0].keys() == gradients[1].keys() == trained - unread
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("name", ["key", "value"])
-def test_gradients_of_later_layers_reach_layer_0(name: str) -> None:
+@pytest.mark.parametrize(("variant", "name"), [("hxa079", "key"), ("hxa079", "value"), ("radlads", "value")])
+def test_gradients_of_later_layers_reach_layer_0(variant: str, name: str) -> None:
     """With layer 0's own output cut off, its key and value learn through later layers' residuals."""
-    model = hybrid_model(attention_layers=(2,))
+    model = hybrid_model(attention_layers=(2,), variant=variant)
     first = model.model.layers[0]
     first.self_attn.output.weight.data.zero_()
     first.self_attn.output.weight.requires_grad_(False)
@@ -195,7 +207,31 @@ def test_the_first_value_and_key_come_from_layer_0_alone() -> None:
     assert all(value is seen[0][0] and key is seen[0][1] for value, key in seen)
 
 
+@pytest.mark.parametrize("linear_rope", [True, False], ids=["rope", "nope"])
+def test_linear_rope_decides_whether_rwkv_layers_see_a_position(linear_rope: bool) -> None:
+    ids = random_ids(9)
+    near, far = (
+        logits_of(
+            hybrid_model(
+                linear_rope=linear_rope, rope_parameters={"rope_type": "default", "rope_theta": theta}
+            ),
+            ids,
+            [9],
+        )
+        for theta in (100.0, 1e6)
+    )
+    assert torch.equal(near, far) == (not linear_rope)
+
+
 def test_a_tied_head_is_the_embedding() -> None:
     tied = hybrid_model(tie_word_embeddings=True)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert hybrid_model().lm_head.weight is not hybrid_model().model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unread_parameters_are_those_without_a_gradient(variant: str) -> None:
+    model = hybrid_model(variant=variant).train()
+    model.compute_logits(model(random_ids(9), TokenBatch.from_lengths([9]))).square().sum().backward()
+    untouched = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert untouched == model.config.unread_parameters
