@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import convert, demo, distill, evaluate, generate
+from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -26,6 +26,9 @@ hrwkv eval student-distilled/stage3 --teacher teacher/
 """
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "convert": (convert.convert, convert.EXAMPLES),
+    "import": (published.import_, published.IMPORT_EXAMPLES),
+    "export": (published.export, published.EXPORT_EXAMPLES),
+    "inspect": (inspect.inspect, inspect.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.GENERATE_EXAMPLES),
@@ -50,6 +53,7 @@ def build_app() -> App:
         command = Command(name=name, help_epilogue=EPILOGUE.format(examples=examples.strip()))
         command.default(function)
         app.command(command)
+    app.command(adapter.build_app(EPILOGUE))
     return app
 
 
@@ -91,7 +95,7 @@ def describe(error: Exception, *, command: str) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory is full: lower batch_tokens or context_length, or use --device cpu"
     if isinstance(error, CycloptsError):
-        known = f" {command}" if command in COMMANDS else ""
+        known = f" {command}" if command in (*COMMANDS, "adapter") else ""
         return f"{_line(error)} See hrwkv{known} --help"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

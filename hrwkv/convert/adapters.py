@@ -328,7 +328,7 @@ def _merge_in_peft(core: HybridModel, path: Path) -> tuple[dict[str, Tensor], in
     loaded = wrapped.load_adapter(str(path), "default", torch_device="cpu")
     if loaded.unexpected_keys:
         raise ValueError(f"the model has no place for {some(loaded.unexpected_keys)}")
-    if False:
+    if loaded.missing_keys:
         raise ValueError(f"its weights lack {some(loaded.missing_keys)}, which its config names")
     merged = sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
     return wrapped.merge_and_unload().state_dict(), merged

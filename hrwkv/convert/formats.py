@@ -38,6 +38,8 @@ RADLADS_MIXER = {
     "k_norm": "k_norm",
 }
 CONSTANTS = ("layer_architecture", "head_size_record")
+# Declared by some hxa07c checkpoints and read by no forward.
+UNREAD = (".self_attn.k0", ".self_attn.k1", ".self_attn.k2", ".self_attn.v0")
 # Vectors that published files store as [1, 1, C].
 ROW_VECTORS = ("w0", "a0", "v0", "k0")
 ADAPTER_PARTS = ("lora_A", "lora_B", "lora_M", "bone")
@@ -91,7 +93,7 @@ def spelled(name: str) -> str:
     Names that are ours already, or nobody's, come back as they are.
     """
     if name.startswith("blocks."):
-        _, layer, rest = name.split(".", 2)
+        layer, _, rest = name.removeprefix("blocks.").partition(".")
         for theirs, ours in PTH_LAYER.items():
             if rest == theirs or rest.startswith(f"{theirs}."):
                 return f"model.layers.{layer}.{ours}{rest.removeprefix(theirs)}"
@@ -99,7 +101,7 @@ def spelled(name: str) -> str:
     top, _, rest = name.partition(".")
     if top in PTH_TOP:
         return f"{PTH_TOP[top]}.{rest}"
-    name = re.sub(r"^model\.model\.", "model.", name)
+    name = re.sub(r"^model\.(model|lm_head)\.", lambda found: f"{found[1]}.", name)
     return re.sub(r"\.self_attn\.(student_attn|time_mixer)\.", ".self_attn.", name)
 
 

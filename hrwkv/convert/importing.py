@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrwkv.convert.adapters import merge_weight, needs_scaling
+from hrwkv.convert.adapters import check_parts, merge_weight, needs_scaling
 from hrwkv.convert.facts import Facts, ask_presets, check_like, gather
-from hrwkv.convert.formats import CONSTANTS, Layout, read_layout
+from hrwkv.convert.formats import CONSTANTS, UNREAD, Layout, read_layout
 from hrwkv.convert.presets import ChatFormat, Preset
 from hrwkv.convert.shapes import sizes_of, variant_of
 from hrwkv.convert.sources import TensorReader, open_reader
@@ -29,8 +29,6 @@ from hrwkv.model.shards import NO_REASONING, CheckpointError, ShardReader, Shard
 from hrwkv.settings import ImportSettings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Declared by some hxa07c checkpoints and read by no forward.
-UNREAD = (".self_attn.k0", ".self_attn.k1", ".self_attn.k2", ".self_attn.v0")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -122,7 +120,7 @@ def import_model(
     teacher_config = load_config(teacher) if teacher is not None else None
     facts = gather(said, settings, like=like, teacher=teacher_config, where=source)
     config = _config(reader, layout, facts, like=like, presets=presets)
-    pieces = _plan(reader, layout, config)
+    pieces = _plan(reader, layout, config, settings)
     dtype = _dtype(reader, pieces, settings)
     with ShardWriter(out, max_shard_bytes=_shard_bytes(pieces, settings, dtype)) as writer:
         for number, piece in enumerate(pieces, start=1):
@@ -223,7 +221,9 @@ def _is_tied(reader: TensorReader, layout: Layout, stated: bool | None) -> bool:
     return same
 
 
-def _plan(reader: TensorReader, layout: Layout, config: HybridConfig) -> list[Piece]:
+def _plan(
+    reader: TensorReader, layout: Layout, config: HybridConfig, settings: ImportSettings
+) -> list[Piece]:
     """Every tensor of ours, in order. Raises CheckpointError for what is missing, left over or misshapen."""
     pieces = []
     for name, shape in expected_shapes(config).items():
@@ -239,7 +239,10 @@ def _plan(reader: TensorReader, layout: Layout, config: HybridConfig) -> list[Pi
         found = reader.shape(source)
         if found not in (shape, (1, 1, *shape)):
             raise CheckpointError(f"{reader.path}: {source} has shape {list(found)}, expected {list(shape)}")
-        pieces.append(Piece(name, shape, source, layout.adapters.get(name, {})))
+        parts = layout.adapters.get(name, {})
+        if parts:
+            _check_adapter(reader, name, shape, parts, settings)
+        pieces.append(Piece(name, shape, source, parts))
     used = {piece.name for piece in pieces}
     spare = layout.tensors.keys() - used - ({HEAD} if config.tie_word_embeddings else set())
     if config.variant == "hxa07c":
@@ -249,6 +252,25 @@ def _plan(reader: TensorReader, layout: Layout, config: HybridConfig) -> list[Pi
     if orphans := sorted(layout.adapters.keys() - used):
         raise CheckpointError(f"{reader.path} has adapter parts for {some(orphans)}, which is no weight")
     return pieces
+
+
+def _check_adapter(
+    reader: TensorReader,
+    name: str,
+    shape: tuple[int, ...],
+    parts: Mapping[str, str],
+    settings: ImportSettings,
+) -> None:
+    """Raise CheckpointError for parts that do not fit their weight, or whose scaling nobody says."""
+    try:
+        check_parts(shape, {part: reader.shape(theirs) for part, theirs in parts.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: adapter of {name}: {error}") from error
+    if needs_scaling(parts) and settings.lora_scaling is None:
+        raise CheckpointError(
+            f"{reader.path} has LoRA parts and no file says their scaling (0.5 and 2.0 are both in use): "
+            "give --lora-scaling"
+        )
 
 
 def _dtype(reader: TensorReader, pieces: Sequence[Piece], settings: ImportSettings) -> torch.dtype:
@@ -284,12 +306,7 @@ def _tensor(reader: TensorReader, piece: Piece, settings: ImportSettings, dtype:
     tensor = reader.read(piece.source)
     if piece.parts:
         parts = {part: reader.read(name) for part, name in piece.parts.items()}
-        if needs_scaling(parts) and settings.lora_scaling is None:
-            raise CheckpointError(
-                f"{reader.path} has LoRA parts and no file says their scaling (0.5 and 2.0 are both in use): "
-                "give --lora-scaling"
-            )
-        tensor = merge_weight(tensor, parts, scaling=settings.lora_scaling or 0.0)
+        tensor = merge_weight(tensor, parts, scaling=settings.lora_scaling)
     tensor = tensor.to(dtype).view(piece.shape)
     # aminmax is the one reduction that is vectorised for bf16, and it passes NaN and infinity on.
     if not (settings.allow_nan or all(end.isfinite() for end in tensor.aminmax())):

@@ -69,6 +69,10 @@ def sizes_of(layout: Layout, reader: TensorReader, *, variant: str, head_dim: in
             raise CheckpointError(
                 f"{reader.path} lacks {needed}: a part of a model needs its teacher, give --teacher"
             )
+    for name, shape in shapes.items():
+        is_matrix = name.endswith(".weight") and not name.endswith("norm.weight")
+        if is_matrix and (len(shape) != 2 or not all(shape)):
+            raise CheckpointError(f"{reader.path}: {name} has shape {list(shape)}, expected a matrix")
     vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
     size = _head_dim(layout, reader, shapes, head_dim)
     layer, kind = 0, layout.kinds[0]

@@ -15,12 +15,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hrwkv.model.shards import CheckpointError, ShardReader
+from hrwkv.model.shards import CheckpointError, ShardReader, map_tensor
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-# A mapped file counts as resident as far as it was read, so it is mapped anew after so many bytes.
-REMAP_BYTES = 256 * 1024**2
 GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 
 
@@ -43,7 +42,7 @@ class TensorReader(Protocol):
 
 
 class TorchReader:
-    """Named tensors of one file of ``torch.save``, or of a folder of them, mapped and not copied.
+    """Named tensors of one file of ``torch.save``, or of a folder of them, each mapped when it is read.
 
     Raises CheckpointError for a file that is truncated, no torch file, holds anything but a flat dictionary
     of tensors, or repeats a name of another file.
@@ -55,39 +54,38 @@ class TorchReader:
         if not files:
             suffixes = ", ".join(f"*{suffix}" for suffix in TORCH_SUFFIXES)
             raise CheckpointError(f"{self.path} has no {suffixes} file: expected weights of torch.save")
-        self._files: dict[str, Path] = {}
-        self._facts: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._tensors: dict[str, tuple[Path, Tensor]] = {}
         for file in files:
-            for name, tensor in load_tensors(file).items():
-                if name in self._files:
+            for name, tensor in tensor_index(file).items():
+                if name in self._tensors:
                     raise CheckpointError(
-                        f"{name} is in {self._files[name].name} and in {file.name}: remove one"
+                        f"{name} is in {self._tensors[name][0].name} and in {file.name}: remove one"
                     )
-                self._files[name] = file
-                self._facts[name] = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        self._mapped: tuple[Path, dict[str, Tensor]] | None = None
-        self._read_bytes = 0
+                self._tensors[name] = file, tensor
 
     def names(self) -> list[str]:
         """All tensor names, file by file."""
-        return list(self._files)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, without reading the tensor."""
-        return self._facts[name][0]
+        return tuple(self._tensors[name][1].shape)
 
     def dtype(self, name: str) -> str:
         """The dtype as torch calls it, without reading the tensor."""
-        return self._facts[name][1]
+        return str(self._tensors[name][1].dtype).removeprefix("torch.")
 
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file, on the CPU in its stored dtype."""
-        file = self._files[name]
-        if self._mapped is None or self._mapped[0] != file or self._read_bytes > REMAP_BYTES:
-            self._mapped, self._read_bytes = (file, load_tensors(file)), 0
-        tensor = self._mapped[1][name]
-        self._read_bytes += tensor.nbytes
-        return tensor
+        file, fake = self._tensors[name]
+        if not fake.numel():
+            return torch.empty(fake.shape, dtype=fake.dtype)
+        place = fake.untyped_storage()._checkpoint_offset
+        assert place is not None, "a storage that was loaded fake knows its place"
+        start = place + int(fake.storage_offset()) * fake.element_size()
+        count = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
+        flat = map_tensor(file, start, dtype=fake.dtype, count=int(count))
+        return flat.as_strided(fake.shape, fake.stride()).contiguous()
 
 
 def open_reader(path: Path | str) -> TensorReader:
@@ -111,8 +109,12 @@ def torch_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES and file.is_file())
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, mapped. Raises CheckpointError, naming the file and what is wrong with it."""
+def tensor_index(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file without their data: fake ones, whose storages know their place in the file.
+
+    ``torch.load(mmap=True)`` would map the whole file with the right to write, which Linux refuses for a file
+    larger than the memory. Raises CheckpointError, naming the file and what is wrong with it.
+    """
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:  # a missing right is told as such
             start = opened.read(4)
@@ -121,7 +123,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
             "(files older than torch 1.6: load and save them again); copy or download it again"
         )
     try:
-        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with FakeTensorMode():
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} is refused: {_wanted(error)}, and only tensors are loaded; "

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hrwkv.model.cache import kv_bytes_per_token, state_bytes
 from hrwkv.model.config import LINEAR, HybridConfig
 from hrwkv.model.modeling import HybridModel
-
-STATE_BYTES = 4  # The state is fp32 whatever the weights are.
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,16 @@ def memory_of(config: HybridConfig, *, kv_bytes: int = 2) -> Memory:
     by_kind = _parameters_by_kind(config)
     assert config.head_dim is not None
     assert config.num_key_value_heads is not None
-    state = config.num_attention_heads * config.head_dim**2 * STATE_BYTES
-    kv = 2 * config.num_key_value_heads * config.head_dim * kv_bytes
+    linear, full = len(config.linear_layers), len(config.full_layers)
     return Memory(
         parameters=sum(by_kind.values()),
         by_kind=by_kind,
-        rwkv_layers=len(config.linear_layers),
-        attention_layers=len(config.full_layers),
-        state_bytes=len(config.linear_layers) * state,
-        kv_bytes_per_token=len(config.full_layers) * kv,
+        rwkv_layers=linear,
+        attention_layers=full,
+        state_bytes=state_bytes(linear, num_heads=config.num_attention_heads, head_dim=config.head_dim),
+        kv_bytes_per_token=kv_bytes_per_token(
+            full, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim, itemsize=kv_bytes
+        ),
     )
 
 

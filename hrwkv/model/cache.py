@@ -1,4 +1,4 @@
-"""``HybridCache``: the memory of a hybrid, a state pool and paged KV; no policy, no bookkeeping.
+"""``HybridCache``: the memory of a hybrid, a state pool and paged KV; its bytes; no policy, no bookkeeping.
 
 Who owns which slot and block is told by a ``TokenBatch``; who may have one is the engine's decision.
 """
@@ -12,6 +12,18 @@ import torch
 from torch import Tensor
 
 from hrwkv.model.config import LINEAR, HybridConfig
+
+STATE_ITEMSIZE = 4  # The state is fp32 whatever the weights are.
+
+
+def state_bytes(layers: int, *, num_heads: int, head_dim: int) -> int:
+    """Bytes of one sequence's state in so many RWKV-7 layers, whatever its length (hxa079.md, section 3)."""
+    return layers * num_heads * head_dim**2 * STATE_ITEMSIZE
+
+
+def kv_bytes_per_token(layers: int, *, num_kv_heads: int, head_dim: int, itemsize: int = 2) -> int:
+    """Bytes of one token's keys and values in so many attention layers; itemsize: of an element (2: bf16)."""
+    return layers * 2 * num_kv_heads * head_dim * itemsize
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# safetensors' names of the dtypes that weights, and what lies beside them, have had.
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 # As ``sha256sum`` writes it, so ``sha256sum -c SHA256SUMS`` checks a directory too.
 CHECKSUMS = "SHA256SUMS"
 # Transformers' place for a template with a name.
@@ -60,17 +79,15 @@ class ShardReader:
                 f"{self.path} is not a directory: expected a model directory with safetensors"
             )
         self._files: dict[str, Path] = {}
-        self._facts: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in self._weight_files():
-            opened = self._open(file)
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name, entry in _header(file).items():
                 if name in self._files:
                     raise CheckpointError(
                         f"{name} is in {self._files[name].name} and in {file.name}: remove one"
                     )
-                tensor = opened.get_slice(name)
                 self._files[name] = file
-                self._facts[name] = tuple(tensor.get_shape()), _torch_name(tensor.get_dtype())
+                self._entries[name] = entry
         self._check_index()
 
     def _weight_files(self) -> list[Path]:
@@ -94,14 +111,6 @@ class ShardReader:
             raise CheckpointError(f"{self.path} has no *.safetensors file: convert other formats first")
         return files
 
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is not a complete safetensors file ({error}): copy or download it again"
-            ) from error
-
     def _check_index(self) -> None:
         if (self.path / WEIGHTS).exists() or not (self.path / INDEX).exists():
             return
@@ -116,18 +125,17 @@ class ShardReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, without reading the tensor."""
-        return self._facts[name][0]
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
         """The dtype as torch calls it, without reading the tensor."""
-        return self._facts[name][1]
+        return str(self._entries[name].dtype).removeprefix("torch.")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU in its stored dtype. Raises CheckpointError if its bytes are cut off."""
-        try:
-            return self._open(self._files[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._files[name]}: cannot read {name} ({error})") from error
+        """The tensor as a view of the mapped file, on the CPU in its stored dtype."""
+        entry = self._entries[name]
+        count = math.prod(entry.shape)
+        return map_tensor(self._files[name], entry.start, dtype=entry.dtype, count=count).view(entry.shape)
 
 
 class ShardWriter:
@@ -296,12 +304,57 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _torch_name(dtype: str) -> str:
-    """safetensors' name of a dtype (BF16, F32, I64) as torch spells it."""
-    for short, long in (("BF", "bfloat"), ("F8_", "float8_"), ("F", "float"), ("I", "int"), ("U", "uint")):
-        if dtype.startswith(short):
-            return long + dtype.removeprefix(short).lower()
-    return dtype.lower()
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor's place in a safetensors file; start: of its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+
+def _header(file: Path) -> dict[str, _Entry]:
+    """The tensors of a safetensors file. Raises CheckpointError for one that is cut off or something else.
+
+    The library checks the file, but reads tensors only through a writable map of all of it, which Linux
+    refuses where a file is larger than the memory; so their places are taken from the header: its length in 8
+    bytes, and JSON, from whose end offsets count.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            names = set(opened.keys())
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file ({error}): copy or download it again"
+        ) from error
+    if unknown := [name for name in names if header[name]["dtype"] not in DTYPES]:
+        raise CheckpointError(f"{file}: {unknown[0]} has dtype {header[unknown[0]]['dtype']}, not supported")
+    entries = {}
+    for name, said in header.items():
+        if name in names:
+            start = 8 + length + said["data_offsets"][0]
+            entries[name] = _Entry(tuple(said["shape"]), DTYPES[said["dtype"]], start)
+    return dict(sorted(entries.items(), key=lambda entry: entry[1].start))
+
+
+def map_tensor(file: Path, start: int, *, dtype: torch.dtype, count: int) -> Tensor:
+    """[count] numbers of a file from byte ``start``, mapped: read when touched, resident while they live.
+
+    Raises CheckpointError if the file cannot be mapped.
+    """
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        with file.open("rb") as opened:
+            size = start - page + count * dtype.itemsize
+            mapped = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page)
 
 
 def some(names: list[str]) -> str:
