@@ -7,11 +7,13 @@
 
 Every step is a process of its own, and what it holds beyond importing its modules counts, mapped files
 included. The floors: at most 1.5 GB, and at most twice the time of cp. cp runs before each step, on the files
-that the step reads. The last line is JSON.
+that the step reads; both start with nothing left to write and end when the disk has everything, because a
+system that takes a file into its memory is fast until that is full. The last line is JSON.
 """
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -50,7 +52,7 @@ REKA: dict[str, Any] = {
 REKA_RANKS = {"decay_rank": 320, "iclr_rank": 128, "value_rank": 96, "key_rank": 96, "gate_rank": 384}
 # Run as ``python -c`` with a step, its source and its output; prints a result, seconds and peak KiB.
 CHILD = """
-import hashlib, re, sys, time
+import hashlib, os, re, sys, time
 from pathlib import Path
 import torch
 from hrwkv.convert.exporting import export_model
@@ -60,6 +62,7 @@ from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.checkpoint import load_model
 from hrwkv.settings import ConvertSettings, ImportSettings
 step, source, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+os.sync()
 result, start = "-", time.perf_counter()
 if step == "export .pth":
     export_model(source, out, form="rwkv-infer-pth")
@@ -78,6 +81,7 @@ elif step == "load, logits":
         logits = model.compute_logits(model(ids.to(device), batch)).float().cpu()
     assert logits.isfinite().all() and logits.std() > 0
     result = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+os.sync()
 seconds = time.perf_counter() - start
 print(result, seconds, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
@@ -109,8 +113,10 @@ def run(step: str, source: Path, out: Path) -> tuple[str, float, float]:
 
 def copy_seconds(source: Path, out: Path) -> float:
     """Seconds of ``cp -r``; the copy is removed."""
+    os.sync()
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
+    os.sync()
     seconds = time.perf_counter() - start
     remove(out)
     return seconds
@@ -169,9 +175,8 @@ def measure_reka(table: Table, layers: int) -> None:
     table.measure("import .pth", "model.pth", "imported")
     remove(table.folder / "model.pth")
     after = table.measure("load, logits", "imported")
-    print(
-        f"sha256 of the logits {before[:16]} before, {after[:16]} after: {'same' if before == after else 'DIFFER'}"
-    )
+    verdict = "same" if before == after else "DIFFER"
+    print(f"sha256 of the logits {before[:16]} before, {after[:16]} after: {verdict}")
 
 
 def main() -> None:
