@@ -93,10 +93,11 @@ def write_model(path: Path, sizes: dict[str, Any], layers: int, ranks: dict[str,
     config = HybridConfig(
         num_hidden_layers=layers, layer_types=kinds, attention_rope=not ranks, **sizes, **ranks
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with ShardWriter(path, max_shard_bytes=2**30) as writer:
         for name, shape in expected_shapes(config).items():
             # A residual stream and logits of a trained model's size.
-            writer.add(name, torch.randn(shape, dtype=torch.bfloat16) / shape[-1] ** 0.5)
+            writer.add(name, torch.randn(shape, dtype=torch.bfloat16, device=device) / shape[-1] ** 0.5)
         if ranks:
             write_config(writer, config, torch.bfloat16)
         else:

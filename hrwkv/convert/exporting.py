@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +34,8 @@ Format = Literal["rwkv-infer-pth", "rwkv-infer-safetensors"]
 VARIANTS_OF = {"rwkv-infer-pth": ("hxa079",), "rwkv-infer-safetensors": ("hxa079", "hxa07a", "hxa07c")}
 # What torch.save writes besides the tensors: a pickle in front, and up to a KiB before each.
 SLACK = 2**20
+# Pieces from here on are tensors: no pickle and no header is so large.
+LARGE_BYTES = 2**24
 # Every hxa079 file says 78; its readers know.
 LAYER_ARCHITECTURE = 78.0
 # Held in memory while it is written; readers of these directories take any number of files.
@@ -101,13 +104,13 @@ class Export:
 
     def names(self, *, with_head: bool) -> list[str]:
         """Our names, layer by layer, the constants of every RWKV layer behind it."""
-        names = list(expected_shapes(self.config))
-        if with_head and HEAD not in names:
-            names.append(HEAD)
+        names = [name for name in expected_shapes(self.config) if name != HEAD]
         if self.constants:
             for layer in self.config.linear_layers:
                 names += [f"model.layers.{layer}.self_attn.{name}" for name in self._constants]
-        return sorted(names, key=_natural)
+        # The two largest tensors far apart: neighbours are in memory together while they are written.
+        has_head = with_head or not self.config.tie_word_embeddings
+        return sorted(names, key=_natural) + ([HEAD] if has_head else [])
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in its published shape."""
@@ -147,15 +150,14 @@ def _write_pth(export: Export, out: Path, report: Report | None) -> Exported:
     tensors = {pth_name(name): export.tensor(name) for name in names}
     total = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        with partial.open("wb") as file:
-            sink = _Sink(file, tensors, report)
-            torch.save(tensors, sink)  # type: ignore[arg-type]  # anything with write() is taken
-        out.with_name(f"{out.name}.sha256").write_text(f"{sink.sha256.hexdigest()}  {out.name}\n")
+        with partial.open("wb") as file, _Sink(file, tensors, report) as sink:
+            sink.save()
+        record = f"{sink.sha256.hexdigest()}  {out.name}\n"
+        out.with_name(f"{out.name}.sha256").write_text(record, encoding="utf-8")
         partial.rename(out)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into a RuntimeError
+    except OSError as error:
         raise CheckpointError(
-            f"cannot write {out} ({' '.join(str(error).split())[:120]}): "
-            "free some space or choose another output"
+            f"cannot write {out} ({error}): free some space or choose another output"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -163,36 +165,65 @@ def _write_pth(export: Export, out: Path, report: Report | None) -> Exported:
 
 
 class _Sink:
-    """A file that takes the sha256 of what ``torch.save`` writes and lets go of the tensors behind it.
+    """A file whose bytes are written and hashed beside ``torch.save``, and whose tensors are let go of.
 
-    Pages of a mapped file count as resident until they are let go, and a model is larger than the memory.
+    While a thread writes one tensor, ``torch.save`` takes the checksum of the next. Pages of a mapped file
+    count as resident until they are let go, and a model is larger than the memory.
     """
 
     def __init__(self, file: IO[bytes], tensors: dict[str, Tensor], report: Report | None) -> None:
-        self.sha256 = hashlib.sha256()
-        self._file, self._report, self._count = file, report, len(tensors)
+        self.sha256, self._tensors = hashlib.sha256(), tensors
+        self._file, self._report, self._written = file, report, 0
         slack = SLACK + 1024 * len(tensors)
         ends = accumulate(tensor.nbytes for tensor in tensors.values())
-        self._behind = deque(
-            (end + slack, name, tensors[name]) for end, name in zip(ends, tensors, strict=True)
-        )
-        self._written = 0
+        pairs = zip(ends, tensors.items(), strict=True)
+        self._behind = deque((end + slack, name, tensor) for end, (name, tensor) in pairs)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._running: Future[None] | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def save(self) -> None:
+        """Write all tensors; raises what stopped it, not the lost place that ``torch.save`` makes of it."""
+        try:
+            torch.save(self._tensors, self)  # type: ignore[arg-type]  # anything with write() is taken
+            self.flush()
+        except RuntimeError as error:
+            raise self._error or error from None
 
     def write(self, data: memoryview) -> int:
-        """Write a piece of the file."""
-        count = self._file.write(data)
-        self.sha256.update(data)
-        self._written += count
+        """Take a piece of the file; raises OSError if an earlier one could not be written."""
+        try:
+            self.flush()
+        except BaseException as error:
+            self._error = self._error or error
+            raise
+        # Small pieces are torch.save's own and gone when this returns; large ones are tensors, which we hold.
+        piece = bytes(data) if len(data) < LARGE_BYTES else data
+        self._running = self._thread.submit(self._put, piece)
+        return len(data)
+
+    def flush(self) -> None:
+        """Wait until everything that was taken is written."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def _put(self, piece: memoryview | bytes) -> None:
+        self._file.write(piece)
+        self.sha256.update(piece)
+        self._written += len(piece)
         while self._behind and self._behind[0][0] < self._written:
             _, name, tensor = self._behind.popleft()
             _let_go(tensor)
             if self._report is not None:
-                self._report(name, self._count - len(self._behind), self._count)
-        return count
-
-    def flush(self) -> None:
-        """Hand everything to the system."""
-        self._file.flush()
+                count = len(self._tensors)
+                self._report(name, count - len(self._behind), count)
 
 
 def _let_go(tensor: Tensor) -> None:

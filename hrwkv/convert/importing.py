@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def import_model(
     config = _config(reader, layout, facts, like=like, presets=presets)
     pieces = _plan(reader, layout, config, settings)
     dtype = _dtype(reader, pieces, settings)
-    with ShardWriter(out, max_shard_bytes=_shard_bytes(pieces, settings, dtype)) as writer:
+    check = None if settings.allow_nan else partial(_check_finite, reader, pieces)
+    with ShardWriter(out, max_shard_bytes=_shard_bytes(pieces, settings, dtype), check=check) as writer:
         for number, piece in enumerate(pieces, start=1):
             if report is not None:
                 report(piece.name, number, len(pieces))
@@ -300,21 +302,26 @@ def _shard_bytes(pieces: Sequence[Piece], settings: ImportSettings, dtype: torch
 
 
 def _tensor(reader: TensorReader, piece: Piece, settings: ImportSettings, dtype: torch.dtype) -> Tensor:
-    """A piece's tensor, adapter parts merged. Raises CheckpointError if it is not finite."""
+    """A piece's tensor, adapter parts merged."""
     if not piece.source:
         return torch.zeros(piece.shape, dtype=dtype)
     tensor = reader.read(piece.source)
     if piece.parts:
         parts = {part: reader.read(name) for part, name in piece.parts.items()}
         tensor = merge_weight(tensor, parts, scaling=settings.lora_scaling)
-    tensor = tensor.to(dtype).view(piece.shape)
+    return tensor.to(dtype).view(piece.shape)
+
+
+def _check_finite(reader: TensorReader, pieces: Sequence[Piece], name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError, by the source's name, for a tensor that holds NaN or infinity."""
     # aminmax is the one reduction that is vectorised for bf16, and it passes NaN and infinity on.
-    if not (settings.allow_nan or all(end.isfinite() for end in tensor.aminmax())):
-        raise CheckpointError(
-            f"{reader.path}: {piece.source} holds NaN or infinity: copy or download it again, "
-            "or take it as it is with --allow-nan"
-        )
-    return tensor
+    if all(end.isfinite() for end in tensor.aminmax()):
+        return
+    source = next(piece.source for piece in pieces if piece.name == name)
+    raise CheckpointError(
+        f"{reader.path}: {source} holds NaN or infinity: copy or download it again, "
+        "or take it as it is with --allow-nan"
+    )
 
 
 def _record(

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,12 +141,20 @@ class ShardReader:
 class ShardWriter:
     """Writes a model directory beside ``path`` and renames it there when the ``with`` block ends well.
 
-    Raises CheckpointError if ``path`` exists. On an error inside the block nothing is left behind.
+    check: sees each tensor right before it is written; what it raises ends the writing. Not earlier, because
+    a mapped tensor is in memory from then on. Raises CheckpointError if ``path`` exists. On an error inside
+    the block nothing is left behind.
     """
 
-    def __init__(self, path: Path | str, *, max_shard_bytes: int = 4 * 1024**3) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        max_shard_bytes: int = 4 * 1024**3,
+        check: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
         self.path = Path(path).resolve()  # gives "." and ".." a name
-        self.max_shard_bytes = max_shard_bytes
+        self.max_shard_bytes, self._check = max_shard_bytes, check
         self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -232,6 +240,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         file = self._partial / f"shard-{len(self._shards):05d}"
+        if self._check is not None:
+            for name, tensor in self._pending.items():
+                self._check(name, tensor)
         with self._naming_errors():
             save_file(self._pending, file, metadata={"format": "pt"})
         self._checksums.append(self._hasher.submit(file_sha256, file))
