@@ -205,7 +205,7 @@ class ConvertSettings:
     seed: int = 0
     """Seed of the fresh random matrices; each layer's each tensor draws from its own stream."""
     max_shard_gib: float | None = None
-    """Largest file of weights in GiB, held in memory until it is written; None is about one layer."""
+    """Largest file of weights in GiB, two of them in memory; None is one layer, at most half a GiB."""
 
     def __post_init__(self) -> None:
         """Check what can be told without the teacher."""
@@ -255,7 +255,7 @@ class ImportSettings:
     allow_nan: bool = False
     """Take weights that are not finite."""
     max_shard_gib: float | None = None
-    """Largest file of weights in GiB, held in memory until it is written; None is about one layer."""
+    """Largest file of weights in GiB, two of them in memory; None is one layer, at most half a GiB."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no model can have."""

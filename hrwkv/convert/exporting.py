@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hrwkv.convert.formats import ROW_VECTORS, pth_name
 from hrwkv.convert.importing import DTYPES, EMBEDDING, HEAD
-from hrwkv.convert.transfer import Report, checked_reader
+from hrwkv.convert.transfer import LARGE_SHARD_BYTES, Report, checked_reader
 from hrwkv.layers.time_mix import VARIANTS
 from hrwkv.model.checkpoint import expected_shapes, load_config
 from hrwkv.model.config import HybridConfig
@@ -38,8 +38,6 @@ SLACK = 2**20
 LARGE_BYTES = 2**24
 # Every hxa079 file says 78; its readers know.
 LAYER_ARCHITECTURE = 78.0
-# Held in memory while it is written; readers of these directories take any number of files.
-SHARD_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
 def _write_directory(export: Export, out: Path, report: Report | None, model: Path) -> Exported:
     names = export.names(with_head=False)
     total = 0
-    with ShardWriter(out, max_shard_bytes=SHARD_BYTES) as writer:
+    with ShardWriter(out, max_shard_bytes=LARGE_SHARD_BYTES) as writer:
         for number, name in enumerate(names, start=1):
             if report is not None:
                 report(name, number, len(names))

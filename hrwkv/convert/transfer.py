@@ -59,8 +59,8 @@ MIXER_FIELDS = (
     "variant",
 )
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Below this, more files would save nothing that is noticed.
-SMALL_SHARD_BYTES = 64 * 1024**2
+# Below the first, more files would save nothing that is noticed; two of the second are in memory at once.
+SMALL_SHARD_BYTES, LARGE_SHARD_BYTES = 64 * 1024**2, 512 * 1024**2
 PACKAGES = ("hrwkv", "torch", "transformers", "safetensors")
 
 
@@ -237,12 +237,12 @@ def _shard_bytes(steps: list[Step], settings: ConvertSettings, dtype: torch.dtyp
 
 
 def largest_layer_bytes(sizes: Mapping[str, int]) -> int:
-    """A limit for shards, which is what a streamed model holds in memory. sizes: bytes of every tensor."""
+    """A limit for shards, two of which a streamed model holds in memory. sizes: bytes of every tensor."""
     layers: Counter[str] = Counter()
     for name, size in sizes.items():
         if name.startswith("model.layers."):
             layers[name.split(".")[2]] += size
-    return max(SMALL_SHARD_BYTES, *layers.values())
+    return min(LARGE_SHARD_BYTES, max(SMALL_SHARD_BYTES, *layers.values()))
 
 
 def _open_teacher(path: Path) -> tuple[HybridConfig, ShardReader]:

@@ -1,7 +1,8 @@
 """Safetensors in and out: strict, sharded, streamed, never half-written, with checksums.
 
 A directory is written beside its final name and renamed when complete, so a reader never meets half of one.
-One shard is in memory at a time; while the next is filled, a thread takes the last one's sha256.
+Two shards are in memory: while one is filled, a thread writes the last, and another takes the sha256 of the
+one before.
 """
 
 from __future__ import annotations
@@ -163,6 +164,9 @@ class ShardWriter:
         self._new_parents: list[Path] = []
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
         self._checksums: list[Future[str]] = []
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+        self._writing: Future[None] | None = None
+        self._writing_bytes = 0
 
     def __enter__(self) -> ShardWriter:
         if self.path.exists():
@@ -181,6 +185,7 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
+            self._writer.shutdown(cancel_futures=True)
             self._hasher.shutdown(cancel_futures=True)
             self._remove_partial()
 
@@ -239,19 +244,32 @@ class ShardWriter:
         return read_json(self._partial / name) if self.has(name) else {}
 
     def _flush(self) -> None:
-        file = self._partial / f"shard-{len(self._shards):05d}"
+        """Hand the pending shard to the writing thread, which has one at a time."""
+        if self._writing_bytes + self._pending_bytes > 2 * self.max_shard_bytes:
+            self._wait()  # a tensor larger than a shard: not two of that size in memory
         if self._check is not None:
             for name, tensor in self._pending.items():
                 self._check(name, tensor)
-        with self._naming_errors():
-            save_file(self._pending, file, metadata={"format": "pt"})
-        self._checksums.append(self._hasher.submit(file_sha256, file))
+        self._wait()
+        file = self._partial / f"shard-{len(self._shards):05d}"
+        self._writing = self._writer.submit(save_file, self._pending, file, metadata={"format": "pt"})
+        self._writing_bytes = self._pending_bytes
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+    def _wait(self) -> None:
+        """Wait until the shard that was handed over is written; its sha256 is another thread's work."""
+        if self._writing is not None:
+            with self._naming_errors():
+                self._writing.result()
+            file = self._partial / f"shard-{len(self._shards) - 1:05d}"
+            self._checksums.append(self._hasher.submit(file_sha256, file))
+            self._writing, self._writing_bytes = None, 0
 
     def _finish(self) -> None:
         if self._pending:
             self._flush()
+        self._wait()
         count = len(self._shards)
         checksums = [future.result() for future in self._checksums]  # renaming waits for the last one
         weight_map, sums = {}, ""
