@@ -1,4 +1,4 @@
-"""The command line: ``hrwkv convert | distill | eval | generate | chat | demo``; the only place that prints.
+"""The command line (``hrwkv --help`` lists the commands); the only place that prints.
 
 Commands import what they need when they run, so that ``--help`` waits for no library. Every mistake of a
 user ends in one line on stderr and exit code 2; an error that is none of theirs keeps its traceback.

@@ -78,6 +78,11 @@ def import_(
         f"rope_theta {theta:g} (said by {made.said_by['rope_parameters']}), "
         f"rms_norm_eps {eps:g} (said by {made.said_by['rms_norm_eps']})"
     )
+    if "max_position_embeddings" not in made.said_by:
+        display.line(
+            f"max_position_embeddings: nobody says it, config.json says {config.max_position_embeddings}; "
+            "give --max-position-embeddings"
+        )
     if made.left:
         display.line(f"Left behind: {len(made.left)} tensors that carry nothing, named in import.json")
     display.line(f"Next: hrwkv inspect {made.path} --verify, hrwkv chat {made.path}")

@@ -150,9 +150,9 @@ def _write_pth(export: Export, out: Path, report: Report | None) -> Exported:
     try:
         with partial.open("wb") as file, _Sink(file, tensors, report) as sink:
             sink.save()
+        partial.rename(out)
         record = f"{sink.sha256.hexdigest()}  {out.name}\n"
         out.with_name(f"{out.name}.sha256").write_text(record, encoding="utf-8")
-        partial.rename(out)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {out} ({error}): free some space or choose another output"

@@ -106,6 +106,8 @@ def published_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
     Raises CheckpointError for a variant or a feature that is not supported, by its name.
     """
+    if config.get("model_type") == HybridConfig.model_type:
+        raise CheckpointError(f"{where} is one of our directories already: use it as it is")
     for key, feature in REFUSED.items():
         if config.get(key):
             raise CheckpointError(

@@ -368,6 +368,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         directory(rwkv_architecture="hxa07a"),
         "said to be hxa07a, but its tensors",
     ),
+    "ours": (directory(model_type="hrwkv_hybrid"), "is one of our directories already"),
     "experts": (directory(num_experts=8), "mixture of experts"),
     "no-theta": (directory(rope_theta=None), "give --rope-theta, or --like"),
     "unbalanced": (radlads(balance_state=False), "keys scaled as in RWKV-7 World"),
