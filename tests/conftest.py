@@ -1,10 +1,13 @@
-"""What every test run shares: one torch thread, one seed, and no GPU cases without a GPU."""
+"""What every test run shares: one torch thread, one seed, Triton's interpreter or a GPU's cases."""
 
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
+    # Triton reads this once, when it is first imported, and then runs every kernel on the CPU in NumPy.
+    if not torch.cuda.is_available():
+        pytest.MonkeyPatch().setenv("TRITON_INTERPRET", "1")
     # Two workers share two cores; a second thread in each only makes them wait for one another.
     torch.set_num_threads(1)
 
