@@ -1,7 +1,8 @@
 """Causal attention over packed sequences and over a paged cache: arguments are checked here.
 
-``naive`` is the definition, ``sdpa`` the form through PyTorch's fused attention that serves every device.
-Neither knows a position encoding: queries and keys come with theirs, if they have one.
+``naive`` is the definition, ``sdpa`` the form through PyTorch's fused attention that serves every device, and
+``paged`` Triton's kernels for a cache on a GPU, where up to 16 new tokens of a sequence attend and nothing
+wants a gradient. None knows a position encoding: queries and keys come with theirs, if they have one.
 """
 
 from collections.abc import Sequence
@@ -60,8 +61,10 @@ def paged_attention(
         cu_seqlens: ``[N + 1]`` int32, where each sequence's new tokens start and the last ones end.
         lengths: the N numbers of new tokens, on the host (>= 0, their sum is T).
         block_tables: ``[N, M]`` int64, each sequence's blocks in order; entries past its context are not
-            read as content and may be anything up to the number of blocks. On a GPU M sets the cost: trim it.
-        context_lens: ``[N]`` tokens in the cache of each sequence, the new ones included.
+            read as content and may be anything up to the number of blocks. On a GPU M sets the cost of more
+            than 16 new tokens, which copy the blocks: trim it.
+        context_lens: ``[N]`` tokens in the cache of each sequence, the new ones included; 0 for a sequence
+            that only fills a place in a CUDA graph: its one token gives zeros.
         context_starts: ``[N]`` first cached token that may be attended, 0 for None; a query before it gives
             zeros.
 
@@ -85,7 +88,13 @@ def paged_attention(
     for name, x in (("context_lens", context_lens), ("context_starts", context_starts)):
         if x is not None and x.shape != (len(lengths),):
             raise ValueError(f"{name} has shape {list(x.shape)}, expected [{len(lengths)}]: one per sequence")
-    return sdpa.paged_attention(
+    attend = sdpa.paged_attention
+    if q.is_cuda:
+        from hrwkv.kernels.attention import paged  # here, for Triton comes with a GPU's torch only
+
+        if paged.is_supported(q, k_cache, v_cache, lengths=lengths):
+            attend = paged.paged_attention
+    return attend(
         q,
         k_cache,
         v_cache,
@@ -106,7 +115,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
         v: ``[T, H_kv, K]``.
         k_cache: ``[blocks, block_size, H_kv, K]``, any strides and dtype.
         v_cache: ``[blocks, block_size, H_kv, K]``, any strides and dtype.
-        slot_mapping: ``[T]`` int64; token t goes to block ``slot // block_size``, row ``slot % block_size``.
+        slot_mapping: ``[T]`` int64; token t goes to block ``slot // block_size``, row ``slot % block_size``,
+            and nowhere if its slot is negative (padding).
 
     Raises:
         ValueError: if shapes do not fit one another.
@@ -122,7 +132,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
             f"k, v and slot_mapping have shapes {list(k.shape)}, {list(v.shape)} and "
             f"{list(slot_mapping.shape)}, expected as many slots as tokens"
         )
-    sdpa.store_kv(k, v, k_cache, v_cache, slot_mapping=slot_mapping)
+    store = sdpa.store_kv
+    if k.is_cuda:
+        from hrwkv.kernels.attention import paged  # here, for Triton comes with a GPU's torch only
+
+        store = paged.store_kv
+    store(k, v, k_cache, v_cache, slot_mapping=slot_mapping)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, *, names: tuple[str, str]) -> None:

@@ -68,5 +68,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
     """Write each token's key and value; the contract is ``hrwkv.kernels.attention.store_kv``'s."""
     block_size = k_cache.shape[1]
     for t, slot in enumerate(slot_mapping.tolist()):
+        if slot < 0:
+            continue
         k_cache[slot // block_size, slot % block_size] = k[t]
         v_cache[slot // block_size, slot % block_size] = v[t]

@@ -1,16 +1,29 @@
-"""Packed and paged causal attention through PyTorch's scaled_dot_product_attention.
+"""Packed and paged causal attention through PyTorch's fused attention.
 
-Packed: sequences of one length become a batch by a view; otherwise the CPU runs one call per sequence, and
-a GPU one call over a jagged nested tensor whose lengths are given, so that nothing waits for the device.
-Paged: blocks are gathered into a padded batch with a mask. That copies the cache once a call; a kernel that
-reads the blocks in place is left to Triton.
+Packed: sequences of one length become a batch by a view. Otherwise the CPU runs one call per sequence, and a
+GPU one call for all whose lengths are given, so that nothing waits for the device: varlen_attn in half
+precision, a jagged nested tensor in fp32, which varlen_attn does not take. In half precision no KV head is
+repeated.
+Paged: blocks are gathered into a padded batch with a mask. That copies the cache once a call, which the
+products of a prefill outweigh; for a few new tokens ``paged`` reads the blocks in place.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_HALF = (torch.float16, torch.bfloat16)
+# torch 2.11 takes fewer KV than query heads unasked, later versions want to be told.
+_grouped_varlen_attn = (
+    functools.partial(varlen_attn, enable_gqa=True)
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters
+    else varlen_attn
+)
 
 
 def varlen_attention(
@@ -22,6 +35,11 @@ def varlen_attention(
         return q.clone()  # empty too, and still part of the graph
     if min(present) == max(present):
         return _attend_causal(*(x.unflatten(0, (len(present), present[0])) for x in (q, k, v))).flatten(0, 1)
+    if q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0:
+        longest = max(present)
+        o = _grouped_varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        assert isinstance(o, Tensor)  # it gives more only where more is asked for
+        return o
     if q.is_cuda and q.dtype != torch.float64:
         return _attend_jagged(q, k, v, offsets=cu_seqlens, lengths=lengths)
     parts = zip(q.split(present), k.split(present), v.split(present), strict=True)
@@ -68,23 +86,25 @@ def paged_attention(
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_mapping: Tensor) -> None:
     """Write each token's key and value; the contract is ``hrwkv.kernels.attention.store_kv``'s."""
-    block_size = k_cache.shape[1]
-    place = (slot_mapping.div(block_size, rounding_mode="floor"), slot_mapping % block_size)
-    k_cache.index_put_(place, k.to(k_cache.dtype))
-    v_cache.index_put_(place, v.to(v_cache.dtype))
+    block_size, used = k_cache.shape[1], slot_mapping >= 0
+    slots = slot_mapping[used]
+    place = (slots // block_size, slots % block_size)
+    k_cache.index_put_(place, k[used].to(k_cache.dtype))
+    v_cache.index_put_(place, v[used].to(v_cache.dtype))
 
 
 def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally in a batch: q ``[N, L, H, K]``, k and v ``[N, L, H_kv, K]``, result as q."""
-    q, k, v, grouped = _match_heads(q, k, v)
+    # On a GPU only the kernels for half precision without a mask group heads.
+    q, k, v, grouped = _match_heads(q, k, v, repeat=q.is_cuda and q.dtype not in _HALF)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-def _match_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _match_heads(q: Tensor, k: Tensor, v: Tensor, *, repeat: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Put heads before time, and repeat KV heads where the device's fused kernel cannot group them."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.is_cuda:  # only the half-precision kernel without a mask groups heads there
+    if group > 1 and repeat:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         group = 1
     return q, k, v, group > 1
@@ -131,6 +151,6 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, *, allowed: Tensor) -> Tenso
         o = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         o = o.flatten(1, 2).unsqueeze(1)
     else:
-        q, k, v, grouped = _match_heads(q, k, v)
+        q, k, v, grouped = _match_heads(q, k, v, repeat=q.is_cuda)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
     return o.masked_fill(~anything.unsqueeze(-1), 0.0)

@@ -1,8 +1,8 @@
 """The RWKV-7 recurrence over packed sequences: arguments are checked here, then a form is chosen.
 
-``naive`` is the definition, ``chunk_torch`` the same function in matrix products, forward and backward;
-it serves every device. Where more forms exist, the choice depends on the device and on the lengths only,
-never on the environment, so a run can be repeated.
+``naive`` is the definition, ``chunk_torch`` the same function in matrix products for every device,
+``chunk_triton`` and ``decode`` its GPU forms. The choice depends on the device, dtypes and sizes only, never on the
+environment, so a run can be repeated.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hrwkv.kernels.wkv7 import chunk_torch, naive
+
+TRITON_SIZES = (32, 64, 96, 128)
 
 
 def wkv7(
@@ -34,8 +36,8 @@ def wkv7(
         log_decay: ``[T, H, K]`` logarithm of the decay, in (-exp(-0.5), 0) for hxa079. The chunked form
             scales by exp(-sum of log_decay) inside a chunk: values under about -2.5 overflow fp32 there.
         k: ``[T, H, K]`` key.
-        v: ``[T, H, V]`` value.
-        a: ``[T, H, K]`` minus the normalised key; reads the state before the decay.
+        v: ``[T, H_v, V]`` value; head h reads ``h // (H / H_v)``, so values that heads share are not repeated.
+        a: ``[T, H_a, K]`` minus the normalised key, shared alike; reads the state before the decay.
         b: ``[T, H, K]`` normalised key times the in-context learning rate.
         cu_seqlens: ``[N + 1]`` int32 or int64, where each sequence starts and the last one ends.
         lengths: the N sequence lengths on the host (>= 0, their sum is T), so that nothing waits for a
@@ -64,9 +66,14 @@ def wkv7(
     if initial_state is not None:
         expected = (num_sequences, *k.shape[1:], v.shape[-1])
         _check_state("initial_state", initial_state, shape=expected, like=v)
-    return chunk_torch.wkv7(
-        r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
-    )
+    form = chunk_torch.wkv7
+    if _fits_triton(r, v):
+        from hrwkv.kernels.wkv7 import chunk_triton  # Triton is looked for only where a tensor is on a GPU
+
+        form = chunk_triton.wkv7
+    else:
+        v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
+    return form(r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
 
 
 @torch.no_grad()
@@ -88,11 +95,12 @@ def wkv7_decode(
             sequence).
         log_decay: logarithm of the decay.
         k: key.
-        v: ``[N, H, V]`` value.
-        a: minus the normalised key.
+        v: ``[N, H_v, V]`` value, shared by heads as in ``wkv7``.
+        a: ``[N, H_a, K]`` minus the normalised key, alike.
         b: normalised key times the in-context learning rate.
-        state: ``[slots, H, K, V]`` fp32 pool, read and written at ``state_slots``.
+        state: ``[slots, H, K, V]`` pool, read and written at ``state_slots``; fp32, or on a GPU bf16 too.
         state_slots: ``[N]`` int32 or int64, all different: with a slot named twice the result is undefined.
+            A negative one names no state: its output is zeros.
 
     Returns:
         ``o [N, H, V]`` in the dtype of ``v``.
@@ -106,7 +114,23 @@ def wkv7_decode(
         raise ValueError(
             f"state_slots has shape {list(state_slots.shape)}, expected [{len(r)}]: one slot per sequence"
         )
+    if _fits_triton(r, v):
+        from hrwkv.kernels.wkv7 import decode
+
+        return decode.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots)
+    v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
     return naive.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[T, H_x, K] -> [T, heads, K]: head h is that of ``h // (heads / H_x)``."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _fits_triton(r: Tensor, v: Tensor) -> bool:
+    """True where the Triton kernels serve: on a GPU, up to fp32, at their head sizes."""
+    sizes = r.shape[-1] in TRITON_SIZES and v.shape[-1] in TRITON_SIZES
+    return r.is_cuda and sizes and torch.float64 not in (r.dtype, v.dtype)
 
 
 def _check_tokens(r: Tensor, log_decay: Tensor, *, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> None:
@@ -116,9 +140,14 @@ def _check_tokens(r: Tensor, log_decay: Tensor, *, k: Tensor, v: Tensor, a: Tens
             f"r has shape {list(r.shape)}, expected [tokens, heads, key size]: pack the sequences"
         )
     for name, x in (("r", r), ("log_decay", log_decay), ("k", k), ("v", v), ("a", a), ("b", b)):
-        fits = x.dim() == 3 and x.shape[:2] == r.shape[:2] if name == "v" else x.shape == r.shape
+        shared = name in ("v", "a")  # their heads may be fewer, and v has a size of its own
+        fits = x.shape == r.shape
+        if shared and x.dim() == 3:
+            fits = len(x) == len(r) and x.shape[1] > 0 and r.shape[1] % x.shape[1] == 0
+            fits = fits and (name == "v" or x.shape[2] == r.shape[2])
         if not fits:
-            expected = [*r.shape[:2], "V"] if name == "v" else list(r.shape)
+            expected = [len(r), f"a divisor of {r.shape[1]}", "V" if name == "v" else r.shape[2]]
+            expected = expected if shared else list(r.shape)
             raise ValueError(f"{name} has shape {list(x.shape)}, expected {expected} to fit r")
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}, expected a floating dtype: convert it first")

@@ -3,46 +3,16 @@ import torch
 from torch import Tensor
 
 from hrwkv.kernels.attention import naive, paged_attention, store_kv, varlen_attention
-
-# Both forms add up fp32 products in another order; the values are averages of numbers near 1.
-FP32 = {"rtol": 1e-5, "atol": 2e-6}
-# bf16 results may differ by a rounding of 8 bits, and the fused kernel rounds its weights to bf16 as well.
-BF16 = {"rtol": 2e-2, "atol": 2e-2}
+from tests.kernels.attention.cases import BF16, FP32, TOLERANCE, bounds, make_paged, make_qkv, names
 
 RAGGED = [(1,), (15,), (63, 1, 16), (5, 0, 7), (33, 33), (0,), ()]
 
 
-def names(lengths) -> str:
-    return "-".join(map(str, lengths)) or "none"
-
-
-def bounds(lengths) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def make_qkv(lengths, *, heads=6, kv_heads=2, size=16) -> list[Tensor]:
-    return [torch.randn(sum(lengths), n, size) for n in (heads, kv_heads, kv_heads)]
-
-
 def outputs_and_grads(form, q, k, v, lengths) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    o = form(*leaves, cu_seqlens=bounds(lengths), lengths=lengths)
-    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(3)).to(o.dtype)
+    o = form(*leaves, cu_seqlens=bounds(lengths).to(q.device), lengths=lengths)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(3)).to(o)
     return [o.detach(), *torch.autograd.grad((o * weight).sum(), leaves, materialize_grads=True)]
-
-
-def make_cache(context_lens, *, block_size=4, kv_heads=2, size=16) -> tuple[Tensor, Tensor, Tensor]:
-    """Give caches that hold NaN wherever no sequence wrote, and shuffled block tables with room to spare."""
-    width = -(-max(context_lens, default=1) // block_size) + 1
-    num_blocks = width * len(context_lens)
-    tables = torch.randperm(num_blocks).view(len(context_lens), width)
-    caches = torch.full((2, num_blocks, kv_heads, block_size, size), float("nan")).transpose(2, 3)
-    for table, context in zip(tables, context_lens, strict=True):
-        positions = torch.arange(context)
-        slots = table[positions // block_size] * block_size + positions % block_size
-        k, v = torch.randn(2, context, kv_heads, size)
-        store_kv(k, v, caches[0], caches[1], slot_mapping=slots)
-    return caches[0], caches[1], tables
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6], ids="KV{}".format)
@@ -63,6 +33,21 @@ def test_varlen_in_bf16_equals_naive():
     assert found[0].dtype == torch.bfloat16
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, **BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [32, 64, 96, 128], ids="K{}".format)
+@pytest.mark.parametrize("lengths", RAGGED, ids=names)
+def test_varlen_on_a_gpu_equals_naive(lengths, size, dtype):
+    q, k, v = (x.to("cuda", dtype) for x in make_qkv(lengths, heads=8, size=size))
+    expected = outputs_and_grads(naive.varlen_attention, *(x.double() for x in (q, k, v)), lengths)
+    found = outputs_and_grads(varlen_attention, q, k, v, lengths)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype
+        # Against the largest value: a gradient of one key adds up those of many queries.
+        scale = y.abs().amax() if y.numel() else 1.0
+        torch.testing.assert_close(x.double() / scale, y / scale, **TOLERANCE[dtype])
 
 
 def test_packed_equals_one_sequence_at_a_time():
@@ -92,32 +77,15 @@ def test_later_tokens_do_not_change_earlier_ones():
     ids=["decode", "mixed", "equal", "empty-one"],
 )
 def test_paged_equals_naive(lengths, context_lens, starts):
-    k_cache, v_cache, tables = make_cache(context_lens)
-    q = torch.randn(sum(lengths), 6, 16)
-    arguments = {
-        "cu_seqlens": bounds(lengths),
-        "lengths": lengths,
-        "block_tables": tables,
-        "context_lens": torch.tensor(context_lens),
-        "context_starts": None if starts is None else torch.tensor(starts),
-    }
-    found = paged_attention(q, k_cache, v_cache, **arguments)
-    torch.testing.assert_close(found, naive.paged_attention(q, k_cache, v_cache, **arguments), **FP32)
+    q, k_cache, v_cache, indices = make_paged(lengths, context_lens, starts=starts)
+    found = paged_attention(q, k_cache, v_cache, **indices)
+    torch.testing.assert_close(found, naive.paged_attention(q, k_cache, v_cache, **indices), **FP32)
 
 
 def test_paged_query_with_nothing_to_attend_gives_zeros():
     """Left padding comes before ``context_starts``; a NaN there would spread through the recurrent state."""
-    k_cache, v_cache, tables = make_cache((6,))
-    o = paged_attention(
-        torch.randn(6, 6, 16),
-        k_cache,
-        v_cache,
-        cu_seqlens=bounds((6,)),
-        lengths=(6,),
-        block_tables=tables,
-        context_lens=torch.tensor([6]),
-        context_starts=torch.tensor([4]),
-    )
+    q, k_cache, v_cache, indices = make_paged((6,), (6,), starts=(4,))
+    o = paged_attention(q, k_cache, v_cache, **indices)
     assert torch.equal(o[:4], torch.zeros(4, 6, 16))
     assert (o[4:] != 0).all()
 
@@ -149,7 +117,7 @@ def test_store_writes_its_slots_and_nothing_else(dtype):
     caches = torch.full((2, 3, 2, 4, 8), -1.0, dtype=dtype).transpose(2, 3)  # strided: heads before rows
     expected = caches.clone()
     k, v = torch.randn(2, 5, 2, 8).to(dtype)
-    slots = torch.tensor([11, 0, 6, 3, 4])
+    slots = torch.tensor([11, -1, 6, 3, 4])
     store_kv(k, v, caches[0], caches[1], slot_mapping=slots)
     naive.store_kv(k, v, expected[0], expected[1], slot_mapping=slots)
     assert torch.equal(caches, expected)
@@ -175,21 +143,14 @@ def test_varlen_refuses_what_does_not_fit(q_shape, k_shape, lengths, message):
 
 
 def test_paged_refuses_tables_of_another_number_of_sequences():
-    k_cache, v_cache, tables = make_cache((4, 4))
+    q, k_cache, v_cache, indices = make_paged((1, 1), (4, 4))
+    indices["block_tables"] = indices["block_tables"][:1]
     with pytest.raises(ValueError, match=r"block_tables has shape \[1, 2\], expected \[2, blocks\]"):
-        paged_attention(
-            torch.zeros(2, 6, 16),
-            k_cache,
-            v_cache,
-            cu_seqlens=bounds((1, 1)),
-            lengths=(1, 1),
-            block_tables=tables[:1],
-            context_lens=torch.tensor([4, 4]),
-        )
+        paged_attention(q, k_cache, v_cache, **indices)
 
 
 def test_store_refuses_another_number_of_slots_than_tokens():
-    k_cache, v_cache, _ = make_cache((4,))
+    _, k_cache, v_cache, _ = make_paged((1,), (4,))
     k = torch.zeros(3, 2, 16)
     with pytest.raises(ValueError, match="expected as many slots as tokens"):
         store_kv(k, k, k_cache, v_cache, slot_mapping=torch.tensor([0, 1]))

@@ -1,0 +1,374 @@
+"""``mix`` in Triton: one launch forward and one backward; only what came in is kept between them.
+
+One program handles a block of tokens of one KV head and walks the query heads that share it, so k, kk and the
+key's gradient are computed once for the group and never repeated in memory. At K = 96 a quarter of a tile's
+lanes is masked. That costs no bytes, and the instructions fit: 58 an element forward and 98 backward, where
+an H200 has time for seven with each of the 18 and 24 bytes that move. The gradients of the small vectors are
+summed over a block of tokens in the program and over the blocks by torch, without atomics: the same inputs
+give the same bits.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights, repeat_heads
+from hrwkv.kernels.mix.tiles import (
+    LOG2_E,
+    load,
+    load_angles,
+    load_key,
+    load_normed,
+    load_own_key,
+    locate,
+    norm_backward,
+    rates,
+    residual,
+    residual_backward,
+    rotate,
+    store,
+    store_sum,
+    sum_row,
+)
+
+NUM_WARPS = 4
+BLOCK_PAIRS = 1024  # BT * P: eight pairs a thread, two loads of 16 bytes in bf16
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    rows,
+    weights,
+    rope,
+    first,
+    mixed,
+    k_first,
+    T,
+    eps,
+    H: tl.constexpr,
+    H_KV: tl.constexpr,
+    K: tl.constexpr,
+    LOG_LOG: tl.constexpr,
+    REPEATED: tl.constexpr,
+    BT: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Write ``mixed`` and, in the first layer, its key before (10) to k_first.
+
+    rows, weights, mixed: the tuples of ``naive``, of pointers; mixed.r and mixed.v are None where they are
+    the rows themselves. rope and first: two pointers, or two None. REPEATED: the value residual is on the
+    query heads.
+    """
+    kv_head, start, token, column, live = locate(T, H_KV, K, BT, P)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
+    kv_vector = kv_head * K + column
+    cos, sin = load_angles(rope, start, T, K, BT, P)
+    k = load_key(rows, weights, rope, first, kv, live, kv_vector, column, cos, sin, eps, K)
+    if k_first is not None:
+        store(k_first, kv, k, live)
+    scale = 1.0 / tl.maximum(tl.sqrt(sum_row(k * k)), 1e-12)  # kk = k * scale (9)
+    store(mixed.a, kv, k * -scale, live)
+    if mixed.v is not None and not REPEATED:
+        v = residual(load(rows.v, kv, live), kv, live, rows.value, weights.v0, kv_vector, first[0])
+        store(mixed.v, kv, v, live)
+    for group in range(H // H_KV):
+        head = kv_head * (H // H_KV) + group
+        q = (start * H + head) * K + token * (H * K) + column
+        vector = head * K + column
+        decay = load(rows.decay, q, live) + load(weights.w0, vector, live)
+        iclr = load(rows.iclr, q, live) + load(weights.a0, vector, live)
+        if mixed.r is not None:
+            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K)
+            if rope is not None:
+                r = rotate(r, cos, sin)
+            store(mixed.r, q, r, live)
+        if mixed.v is not None and REPEATED:
+            v = residual(load(rows.v, kv, live), q, live, rows.value, weights.v0, vector, first[0])
+            store(mixed.v, q, v, live)
+        iclr, log_decay, factor, _ = rates(decay, iclr, LOG_LOG)
+        store(mixed.log_decay, q, log_decay, live)
+        store(mixed.k, q, k * factor, live)
+        store(mixed.b, q, k * (scale * iclr), live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    rows,
+    weights,
+    rope,
+    first,
+    dmixed,
+    dk_first,
+    drows,
+    dweights,
+    dfirst,
+    T,
+    eps,
+    H: tl.constexpr,
+    H_KV: tl.constexpr,
+    K: tl.constexpr,
+    LOG_LOG: tl.constexpr,
+    REPEATED: tl.constexpr,
+    BT: tl.constexpr,
+    P: tl.constexpr,
+):
+    """From dmixed and dk_first the gradients of everything that came in.
+
+    dweights: partial sums, [blocks, heads, K] and, for the norms, [blocks, H_kv, K] fp32. dfirst: two
+    pointers, or two None where no gradient of layer 0 is asked for.
+    """
+    block = tl.program_id(0) // H_KV
+    kv_head, start, token, column, live = locate(T, H_KV, K, BT, P)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
+    kv_vector = kv_head * K + column
+    cos, sin = load_angles(rope, start, T, K, BT, P)
+    k = load_key(rows, weights, rope, first, kv, live, kv_vector, column, cos, sin, eps, K)
+    norm = tl.sqrt(sum_row(k * k))
+    scale = 1.0 / tl.maximum(norm, 1e-12)  # kk = k * scale (9)
+    dk = tl.zeros((BT, 2, P), tl.float32)
+    dkk = -load(dmixed.a, kv, live)
+    if weights.r_norm is not None:
+        dr_norm = tl.zeros((BT, 2, P), tl.float32)
+    if dmixed.v is not None:
+        if REPEATED:
+            dv = tl.zeros((BT, 2, P), tl.float32)
+        else:
+            dv, dv0 = residual_backward(
+                load(dmixed.v, kv, live),
+                load(rows.v, kv, live),
+                kv,
+                live,
+                rows.value,
+                weights.v0,
+                kv_vector,
+                first[0],
+                drows.value,
+                dfirst[0],
+            )
+            store(drows.v, kv, dv, live)
+            store_sum(dweights.v0, block * H_KV + kv_head, dv0, K, P)
+    for group in range(H // H_KV):
+        head = kv_head * (H // H_KV) + group
+        q = (start * H + head) * K + token * (H * K) + column
+        vector = head * K + column
+        decay = load(rows.decay, q, live) + load(weights.w0, vector, live)
+        iclr = load(rows.iclr, q, live) + load(weights.a0, vector, live)
+        dlog_decay = load(dmixed.log_decay, q, live)
+        dscaled, db = load(dmixed.k, q, live), load(dmixed.b, q, live)
+        iclr, log_decay, factor, slope = rates(decay, iclr, LOG_LOG)
+        dk += dscaled * factor
+        dkk += db * iclr
+        if LOG_LOG:
+            dw = dlog_decay * log_decay - dscaled * k
+        else:
+            dw = (dlog_decay - dscaled * k * tl.exp2(log_decay * LOG2_E)) * log_decay
+        ddecay = dw * slope
+        diclr = k * (dscaled + db * scale) * iclr * (1.0 - iclr)
+        store(drows.decay, q, ddecay, live)
+        store(drows.iclr, q, diclr, live)
+        store_sum(dweights.w0, block * H + head, ddecay, K, P)
+        store_sum(dweights.a0, block * H + head, diclr, K, P)
+        if dmixed.r is not None:
+            dr = load(dmixed.r, q, live)
+            if rope is not None:
+                dr = rotate(dr, cos, -sin)
+            if weights.r_norm is not None:
+                dr, dweight = norm_backward(dr, rows.r, q, live, weights.r_norm, column, eps, K)
+                dr_norm += dweight
+            store(drows.r, q, dr, live)
+        if dmixed.v is not None and REPEATED:
+            down, dv0 = residual_backward(
+                load(dmixed.v, q, live),
+                load(rows.v, kv, live),
+                q,
+                live,
+                rows.value,
+                weights.v0,
+                vector,
+                first[0],
+                drows.value,
+                dfirst[0],
+            )
+            dv += down
+            if weights.v0 is not None:
+                store_sum(dweights.v0, block * H + head, dv0, K, P)
+    kk = k * scale
+    dk += scale * (dkk - kk * tl.where(norm > 1e-12, sum_row(kk * dkk), 0.0))
+    if dk_first is not None:
+        dk += load(dk_first, kv, live)
+    if rows.key is not None:
+        own = load_own_key(rows, weights, rope, kv, live, column, cos, sin, eps, K)
+        dk, dk0 = residual_backward(
+            dk, own, kv, live, rows.key, weights.k0, kv_vector, first[1], drows.key, dfirst[1]
+        )
+        store_sum(dweights.k0, block * H_KV + kv_head, dk0, K, P)
+    if rope is not None:
+        dk = rotate(dk, cos, -sin)
+    if weights.k_norm is not None:
+        dk, dk_norm = norm_backward(dk, rows.k, kv, live, weights.k_norm, column, eps, K)
+        store_sum(dweights.k_norm, block * H_KV + kv_head, dk_norm, K, P)
+        store_sum(dweights.r_norm, block * H_KV + kv_head, dr_norm, K, P)
+    store(drows.k, kv, dk, live)
+    if dmixed.v is not None and REPEATED:
+        store(drows.v, kv, dv, live)
+
+
+def mix(
+    rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
+) -> tuple[Mixed, FirstLayer | None]:
+    """The contract is ``hrwkv.kernels.mix.mix``'s; fp32 inside."""
+    gates_value = form.value_residual in ("gated", "gated_repeated")
+    starts = first is None and (gates_value or weights.k0 is not None)
+    reads_value = form.value_residual == "low_rank" or (gates_value and not starts)
+    reads_key = weights.k0 is not None and not starts
+    turns = rope is not None or weights.r_norm is not None
+    v_first, k_first = (None, None) if first is None else first
+    r, log_decay, k, v, a, b, own_key = _Mix.apply(
+        form,
+        rope,
+        starts,
+        *rows._replace(
+            r=_kept(rows.r, turns),
+            gate=_kept(rows.gate, False),
+            value=_kept(rows.value, reads_value),
+            key=_kept(rows.key, reads_key),
+        ),
+        *weights._replace(
+            v0=_kept(weights.v0, reads_value and gates_value), k0=_kept(weights.k0, reads_key), r_k=None
+        ),
+        _kept(v_first, reads_value and gates_value),
+        _kept(k_first, reads_key),
+    )
+    if v is None:
+        repeated = form.value_residual in ("gated_repeated", "low_rank")
+        v = repeat_heads(rows.v, rows.r.shape[1]) if repeated else rows.v
+    mixed = Mixed(r=r if turns else rows.r, log_decay=log_decay, k=k, v=v, a=a, b=b)
+    return mixed, (v, own_key) if starts else first
+
+
+class _Mix(torch.autograd.Function):
+    """The two launches. Tensors come and go as the fields of ``naive``'s tuples, one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, form: Form, rope: Rope | None, starts: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        kept = [None if x is None else x.contiguous() for x in tensors]
+        ctx.form, ctx.rope = form, None if rope is None else tuple(x.contiguous() for x in rope)
+        ctx.save_for_backward(*kept)
+        rows, weights, first = _grouped(kept)
+        mixed = Mixed(
+            r=_like(rows.r),
+            log_decay=torch.empty_like(rows.decay, dtype=torch.float32),
+            k=torch.empty_like(rows.decay),
+            v=_like(rows.value),
+            a=torch.empty_like(rows.k),
+            b=torch.empty_like(rows.decay),
+        )
+        k_first = torch.empty_like(rows.k) if starts else None
+        with torch.cuda.device_of(rows.k):
+            forward_kernel[_grid(rows)](
+                rows,
+                weights,
+                ctx.rope,
+                first,
+                mixed,
+                k_first,
+                len(rows.k),
+                form.norm_eps,
+                **_sizes(rows, form),
+            )
+        return *mixed, k_first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        rows, weights, first = _grouped(ctx.saved_tensors)
+        upstream: list[Any] = [None if grad is None else grad.contiguous() for grad in grads]
+        drows = Rows(*map(_like, rows))._replace(v=_kept(_like(rows.v), rows.value is not None))
+        needed = ctx.needs_input_grad[-len(first) :]
+        dfirst = tuple(_like(x) if need else None for x, need in zip(first, needed, strict=True))
+        partial = _partial_sums(rows, weights)
+        with torch.cuda.device_of(rows.k):
+            backward_kernel[_grid(rows)](
+                rows,
+                weights,
+                ctx.rope,
+                first,
+                Mixed(*upstream[:-1]),
+                upstream[-1],
+                drows,
+                partial,
+                dfirst,
+                len(rows.k),
+                ctx.form.norm_eps,
+                **_sizes(rows, ctx.form),
+            )
+        dweights = (
+            None if x is None or sums is None else sums.sum(0).view_as(x).to(x.dtype)
+            for x, sums in zip(weights, partial, strict=True)
+        )
+        return None, None, None, *drows, *dweights, *dfirst
+
+
+def _grouped(tensors: Sequence[Any]) -> tuple[Rows, Weights, tuple[Any, Any]]:
+    """The tuples again, from their fields one after the other; what the kernels do not read is None."""
+    split = len(Rows._fields)
+    return Rows(*tensors[:split]), Weights(*tensors[split:-2]), (tensors[-2], tensors[-1])
+
+
+def _kept(x: Any, keep: bool) -> Any:
+    """x, or None, which tells a kernel to leave it out."""
+    return x if keep else None
+
+
+def _like(x: Tensor | None) -> Any:
+    """Memory for a result of x's shape and dtype."""
+    return None if x is None else torch.empty_like(x)
+
+
+def _partial_sums(rows: Rows, weights: Weights) -> Weights:
+    """Memory for the sums of one block of tokens each; every KV head has its own of the norms' weights."""
+    programs = _grid(rows)[0]
+    blocks = programs // rows.k.shape[1]
+
+    def sums(x: Tensor | None, count: int) -> Any:
+        return None if x is None else x.new_empty(count, x.numel(), dtype=torch.float32)
+
+    of_blocks = Weights(*(sums(x, blocks) for x in weights))
+    return of_blocks._replace(r_norm=sums(weights.r_norm, programs), k_norm=sums(weights.k_norm, programs))
+
+
+def _block(rows: Rows) -> tuple[int, int]:
+    """BT tokens and P pairs of a tile."""
+    pairs = triton.next_power_of_2(rows.k.shape[2] // 2)
+    return max(BLOCK_PAIRS // pairs, 1), pairs
+
+
+def _grid(rows: Rows) -> tuple[int]:
+    """One program per block of tokens and KV head, a block's heads beside one another as in memory."""
+    return (triton.cdiv(len(rows.k), _block(rows)[0]) * rows.k.shape[1],)
+
+
+def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
+    """The constants that both kernels are compiled for."""
+    tokens, pairs = _block(rows)
+    return {
+        "H": rows.decay.shape[1],
+        "H_KV": rows.k.shape[1],
+        "K": rows.k.shape[2],
+        "LOG_LOG": form.key_scale == "log_log",
+        "REPEATED": form.value_residual in ("gated_repeated", "low_rank"),
+        "BT": tokens,
+        "P": pairs,
+        "num_warps": NUM_WARPS,
+    }

@@ -1,0 +1,297 @@
+"""Triton kernels of the chunked recurrence that both directions need: ``prepare`` and ``walk``.
+
+hxa079.md (18) to (21), with everything that does not depend on a state pulled out of the loop over chunks.
+``prepare`` works on all chunks at once and leaves, for every chunk and head,
+
+    M  = (I - P_ab)^-1              W  = M A            E  = R + P_rb W           [C, K]
+    Q  = M P_ak                     F  = P_rk + P_rb Q                            [C, C]
+    B' = exp(G_C) B^,  K' = exp(G_C) K^                                           [C, K]
+
+so that ``walk`` has two dependent products a chunk in either direction (all names as in the code):
+
+    forward   U = W S + Q V     S <- exp(G_C) S + B'^T U + K'^T V       O = E S + F V
+    backward  Z = B' dS         dS <- exp(G_C) dS + W^T Z + E^T dO      dV = K' dS + F^T dO + Q^T Z
+
+``walk`` holds the state transposed, ``[V, K]``: then S^T and U^T are the left operands of the next product and
+go from one to the other in registers, and every warp owns its rows of V without meeting another.
+
+Range: exp(-G) is at most e^(0.6065 C), 2.7e8 for C = 32, so half precision here is bf16 and fp16 inputs are
+computed in tf32. The inverse is made by blocks (merge two inverted blocks into one of twice the size), never by the
+doubling product, which repeated keys make useless (docs/log.md).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_columns(i: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of tile i of a row of ``SIZE``: ``WIDTH`` of them, in the first tile half as many if SIZE is odd."""
+    if SIZE % WIDTH == 0:
+        columns = i * WIDTH + tl.arange(0, WIDTH)
+    elif i == 0:
+        columns = tl.arange(0, WIDTH // 2)
+    else:
+        columns = i * WIDTH - WIDTH // 2 + tl.arange(0, WIDTH)
+    return columns
+
+
+@triton.jit
+def load_tile(x, rows, columns, mask, WIDTH: tl.constexpr):
+    """Rows ``[C]`` (offsets in rows of ``WIDTH``), columns ``[k]`` -> fp32 ``[C, k]``, zeros where masked."""
+    return tl.load(x + rows[:, None] * WIDTH + columns[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rounded(x, DOT: tl.constexpr):
+    """fp32 ``x`` rounded to the precision of ``DOT``, halves up, still fp32.
+
+    By bits, because a cast that is also widened again takes the slowest unit of an NVIDIA chip.
+    """
+    if DOT == tl.bfloat16:
+        x = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def running_sum(keep, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``keep @ x`` for a 0/1 matrix [C, C] and fp32 ``x [C, k]``, with x as a sum of two bf16 where products are."""
+    if DOT == tl.bfloat16:
+        high = rounded(x, DOT)
+        total = tl.dot(keep.to(DOT), high.to(DOT))
+        total = tl.dot(keep.to(DOT), (x - high).to(DOT), total)
+    else:
+        total = tl.dot(keep.to(DOT), x, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def unit_lower_inverse(strict, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I - strict)^-1`` for a strictly lower ``[SIZE, SIZE]`` matrix, merging inverted diagonal blocks."""
+    row = tl.arange(0, SIZE)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    inverse = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, strict, 0.0))
+    for level in tl.static_range(1, 8):
+        if 2**level < SIZE:
+            small = row // 2**level == column // 2**level
+            large = row // 2 ** (level + 1) == column // 2 ** (level + 1)
+            between = tl.where(large & (small == 0), strict, 0.0)
+            half = tl.dot(inverse, between, input_precision=PRECISION)
+            inverse = tl.dot(half, inverse, inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def prepare(
+    r,
+    log_decay,
+    k,
+    a,
+    b,
+    chunks,
+    w_out,
+    e_out,
+    b_out,
+    k_out,
+    q_out,
+    f_out,
+    m_out,
+    p_out,
+    decay_out,
+    H: tl.constexpr,
+    H_A: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """One program per (head, chunk). ``chunks [NT, 2]`` int32: first token and number of tokens.
+
+    Outputs [NT, H, C, K] and [NT, H, C, C] in ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out`` and ``p_out``
+    (M and P_rb) are written where ``BACKWARD``.
+    """
+    head = tl.program_id(0)
+    chunk = tl.program_id(1).to(tl.int64)
+    start = tl.load(chunks + 2 * chunk).to(tl.int64)
+    count = tl.load(chunks + 2 * chunk + 1)
+    step = tl.arange(0, C)
+    present = step < count
+    rows = step * H
+    rows_a = step * H_A
+    log_decay += (start * H + head) * K
+    r += (start * H + head) * K
+    k += (start * H + head) * K
+    b += (start * H + head) * K
+    a += (start * H_A + head // (H // H_A)) * K
+    place = (chunk * H + head) * C
+    w_out += place * K
+    e_out += place * K
+    b_out += place * K
+    k_out += place * K
+    q_out += place * C
+    f_out += place * C
+    m_out += place * C
+    p_out += place * C
+    decay_out += (chunk * H + head) * K
+    lower = step[:, None] >= step[None, :]
+    strictly_lower = step[:, None] > step[None, :]
+
+    p_ab = tl.zeros([C, C], tl.float32)
+    p_ak = tl.zeros([C, C], tl.float32)
+    p_rb = tl.zeros([C, C], tl.float32)
+    p_rk = tl.zeros([C, C], tl.float32)
+    a_tiles = ()
+    r_tiles = ()
+    for i in tl.static_range((K + TK - 1) // TK):
+        columns = tile_columns(i, K, TK)
+        g = load_tile(log_decay, rows, columns, present, K) * LOG2E
+        total = running_sum(lower, g, DOT, PRECISION)
+        grow = tl.exp2(total)
+        shrink = tl.exp2(-total)
+        ending = tl.exp2(tl.sum(g, axis=0))
+        a_hat = (load_tile(a, rows_a, columns, present, K) * tl.exp2(total - g)).to(DOT)
+        r_hat = (load_tile(r, rows, columns, present, K) * grow).to(DOT)
+        b_hat = load_tile(b, rows, columns, present, K) * shrink
+        k_hat = load_tile(k, rows, columns, present, K) * shrink
+        out = step[:, None] * K + columns[None, :]
+        tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
+        tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
+        tl.store(decay_out + columns, ending)
+        b_right = tl.trans(b_hat.to(DOT))
+        k_right = tl.trans(k_hat.to(DOT))
+        p_ab = tl.dot(a_hat, b_right, p_ab, input_precision=PRECISION)
+        p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
+        p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
+        p_rk = tl.dot(r_hat, k_right, p_rk, input_precision=PRECISION)
+        a_tiles = a_tiles + (a_hat,)
+        r_tiles = r_tiles + (r_hat,)
+
+    solve = unit_lower_inverse(tl.where(strictly_lower, p_ab, 0.0), C, SOLVE).to(DOT)
+    p_rb_low = tl.where(lower, p_rb, 0.0).to(DOT)
+    q = tl.dot(solve, tl.where(strictly_lower, p_ak, 0.0).to(DOT), input_precision=PRECISION).to(DOT)
+    f = tl.dot(p_rb_low, q, tl.where(lower, p_rk, 0.0), input_precision=PRECISION)
+    square = step[:, None] * C + step[None, :]
+    tl.store(q_out + square, q)
+    tl.store(f_out + square, f.to(DOT))
+    if BACKWARD:
+        tl.store(m_out + square, solve)
+        tl.store(p_out + square, p_rb_low)
+    for i in tl.static_range((K + TK - 1) // TK):
+        out = step[:, None] * K + tile_columns(i, K, TK)[None, :]
+        w = tl.dot(solve, a_tiles[i], input_precision=PRECISION).to(DOT)
+        e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
+        tl.store(w_out + out, w)
+        tl.store(e_out + out, e.to(DOT))
+
+
+@triton.jit
+def walk(
+    read,
+    write,
+    mix,
+    feed,
+    decay,
+    q,
+    f,
+    m,
+    p_rb,
+    x,
+    y,
+    inner,
+    states,
+    initial,
+    final,
+    cu_seqlens,
+    cu_chunks,
+    H: tl.constexpr,
+    H_X: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per (block of BV values, head, sequence): carry the state, or backwards its gradient.
+
+    ``x`` is V or dO, ``y [T, H, V]`` O or dV; (read, write, mix, feed) are (W, B', E, K'), backwards
+    (B', W, K', E). ``initial`` and ``final`` [N, H, K, V] fp32. ``KEEP`` writes what ``gradients`` needs: the
+    state before each chunk (in walking order) to ``states [NT, H, V, K]``, and U or dY to ``inner [NT, H, C, V]``.
+    """
+    value = tl.program_id(0) * BV + tl.arange(0, BV)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    first_token = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - first_token).to(tl.int32)
+    first_chunk = tl.load(cu_chunks + sequence).to(tl.int64)
+    num_chunks = tl.cdiv(length, C)
+    step = tl.arange(0, C)
+    key = tl.arange(0, TK)
+    x += (first_token * H_X + head // (H // H_X)) * V
+    y += (first_token * H + head) * V
+    ends = (sequence.to(tl.int64) * H + head) * K * V + key[None, :] * V + value[:, None]  # transposed
+
+    state = ()
+    for i in tl.static_range(K // TK):
+        if HAS_INITIAL:
+            state = state + (tl.load(initial + ends + i * TK * V).to(tl.float32),)
+        else:
+            state = state + (tl.zeros([BV, TK], tl.float32),)
+    for at in tl.range(0, num_chunks, num_stages=STAGES):
+        n = at
+        if REVERSE:
+            n = num_chunks - 1 - at
+        base = (first_chunk + n) * H + head
+        tokens = n * C + step
+        present = tokens < length
+        tile = base * (C * K) + (step[:, None] * K + key[None, :])
+        square = base * (C * C) + (step[:, None] * C + step[None, :])
+        x_offsets = tokens.to(tl.int64)[:, None] * (H_X * V) + value[None, :]
+        x_left = tl.trans(tl.load(x + x_offsets, mask=present[:, None], other=0.0).to(DOT))  # [BV, C]
+        low = ()
+        for i in tl.static_range(K // TK):
+            low = low + (state[i].to(DOT),)
+            if KEEP:
+                tl.store(states + base * (V * K) + (value[:, None] * K + (i * TK + key)[None, :]), low[i])
+        q_tile = tl.load(q + square)
+        f_tile = tl.load(f + square)
+        if REVERSE:
+            u = tl.zeros([BV, C], tl.float32)
+            out = tl.dot(x_left, f_tile, input_precision=PRECISION)
+        else:
+            u = tl.dot(x_left, tl.trans(q_tile), input_precision=PRECISION)
+            out = tl.dot(x_left, tl.trans(f_tile), input_precision=PRECISION)
+        for i in tl.static_range(K // TK):
+            u = tl.dot(low[i], tl.trans(tl.load(read + tile + i * TK)), u, input_precision=PRECISION)
+        u_left = u.to(DOT)
+        for i in tl.static_range(K // TK):
+            out = tl.dot(low[i], tl.trans(tl.load(mix + tile + i * TK)), out, input_precision=PRECISION)
+        if REVERSE:
+            out = tl.dot(u_left, q_tile, out, input_precision=PRECISION)
+        y_offsets = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
+        tl.store(y + y_offsets, tl.trans(out.to(y.dtype.element_ty)), mask=present[:, None])
+        if KEEP:
+            kept = u_left
+            if REVERSE:  # dY = M^T (P_rb^T dO + Z)
+                du = tl.dot(x_left, tl.load(p_rb + square), u, input_precision=PRECISION)
+                kept = tl.dot(du.to(DOT), tl.load(m + square), input_precision=PRECISION).to(DOT)
+            tl.store(inner + base * (C * V) + (step[:, None] * V + value[None, :]), tl.trans(kept))
+        after = ()
+        for i in tl.static_range(K // TK):
+            s = state[i] * tl.load(decay + base * K + i * TK + key)[None, :]
+            s = tl.dot(x_left, tl.load(feed + tile + i * TK), s, input_precision=PRECISION)
+            s = tl.dot(u_left, tl.load(write + tile + i * TK), s, input_precision=PRECISION)
+            after = after + (s,)
+        state = after
+    for i in tl.static_range(K // TK):
+        tl.store(final + ends + i * TK * V, state[i])

@@ -1,0 +1,217 @@
+"""The chunked recurrence in Triton: three kernels in two directions, tied into autograd.
+
+forward = ``prepare`` + ``walk``; backward = ``prepare`` once more, ``walk`` backwards, ``gradients``. Between the
+two, the inputs, the state before each chunk and U are kept, in the dtype of the matrix products. ``prepare`` and
+``gradients`` run one program per chunk and head; ``walk`` one per sequence, head and block of values, and does so
+little a chunk that long single sequences are fast as well.
+
+Half precision: bf16 inputs are multiplied in bf16 and summed in fp32; fp32 inputs in three tf32 products, which
+keep fp32's accuracy; fp16 inputs in tf32, because the scaled keys leave fp16's range. Left out: key sizes other
+than 32, 64, 96, 128 (``hrwkv.kernels.wkv7`` sends those to ``chunk_torch``), derivatives of the gradients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hrwkv.kernels.wkv7.chunk_bwd import gradients
+from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
+
+CHUNK = 32
+SIZES = (32, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the chunks lie: ``chunks [NT, 2]`` (first token, number of tokens), ``cu_chunks [N + 1]``, int32."""
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    chunks: Tensor
+    cu_chunks: Tensor
+
+    @property
+    def num_chunks(self) -> int:
+        """NT."""
+        return len(self.chunks)
+
+
+def plan(lengths: Sequence[int], cu_seqlens: Tensor) -> Plan:
+    """Cut sequences into chunks, on the host, so that nothing waits for the device."""
+    starts = accumulate(lengths, initial=0)
+    chunks = [
+        (start + at, min(CHUNK, length - at))
+        for start, length in zip(starts, lengths, strict=False)
+        for at in range(0, length, CHUNK)
+    ]
+    counts = accumulate((-(-length // CHUNK) for length in lengths), initial=0)
+    table = torch.tensor([*sum(chunks, ()), *counts], dtype=torch.int32)
+    if cu_seqlens.is_cuda:
+        table = table.pin_memory().to(cu_seqlens.device, non_blocking=True)
+    return Plan(tuple(lengths), cu_seqlens, table[: 2 * len(chunks)].view(-1, 2), table[2 * len(chunks) :])
+
+
+def wkv7(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over packed sequences; the contract is ``hrwkv.kernels.wkv7.wkv7``'s."""
+    inputs = [x.contiguous() for x in (r, log_decay, k, v, a, b)]
+    return _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
+
+
+class _ChunkedWkv7(torch.autograd.Function):
+    """Keeps the inputs, the state before each chunk and U; the rest is computed again."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        r: Tensor,
+        log_decay: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        initial_state: Tensor | None,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (r, log_decay, k, v, a, b)
+        parts = _prepare(inputs, plan, backward=False)
+        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.plan, ctx.initial_dtype = plan, None if initial_state is None else initial_state.dtype
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        *inputs, states, u = ctx.saved_tensors
+        r, log_decay, k, v, a, b = inputs
+        heads, plan, do = r.shape[1], ctx.plan, do.contiguous()
+        parts = _prepare(inputs, plan, backward=True)
+        dv, dinitial, dstates, dy = _walk(parts, do, plan, dfinal, reverse=True, keep=True)
+        dr, dlog_decay, dk, db = (torch.empty_like(x) for x in (r, log_decay, k, b))
+        da = torch.empty_like(r)
+        columns = 32 if r.shape[2] == 96 else min(64, r.shape[2])
+        if plan.num_chunks:
+            gradients[(r.shape[2] // columns, heads, plan.num_chunks)](
+                *inputs,
+                do,
+                u,
+                dy,
+                states,
+                dstates,
+                plan.chunks,
+                dr,
+                dlog_decay,
+                dk,
+                da,
+                db,
+                H=heads,
+                H_A=a.shape[1],
+                H_V=v.shape[1],
+                V=v.shape[2],
+                TV=min(64, v.shape[2]),
+                **(_config(r) | {"TK": columns}),
+                num_warps=2,
+            )
+        dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
+
+
+def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
+    """Sum the gradients ``[T, H, K]`` of the query heads that share a head of ``like [T, H_kv, K]``."""
+    if grad.shape == like.shape:
+        return grad
+    return grad.unflatten(1, (like.shape[1], -1)).sum(2)
+
+
+def _config(r: Tensor) -> dict[str, Any]:
+    """The constants that all kernels share."""
+    half = r.dtype == torch.bfloat16
+    precision = "tf32" if r.dtype == torch.float16 else "tf32x3"
+    return {
+        "K": r.shape[2],
+        "C": CHUNK,
+        "TK": min(64, r.shape[2]),
+        "DOT": tl.bfloat16 if half else tl.float32,
+        "PRECISION": "tf32" if half else precision,
+    }
+
+
+def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
+    """W, E, B', K' [NT, H, C, K], Q, F and where ``backward`` M, P_rb [NT, H, C, C], decays [NT, H, K]."""
+    r, log_decay, k, _, a, b = inputs
+    heads, size = r.shape[1:]
+    dtype = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
+    wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
+    parts = {name: r.new_empty(wide, dtype=dtype) for name in ("w", "e", "b", "k")}
+    parts |= {name: r.new_empty(square, dtype=dtype) for name in ("q", "f")}
+    parts |= {name: r.new_empty(square if backward else 0, dtype=dtype) for name in ("m", "p")}
+    parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
+    if plan.num_chunks:
+        prepare[(heads, plan.num_chunks)](
+            r,
+            log_decay,
+            k,
+            a,
+            b,
+            plan.chunks,
+            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            H=heads,
+            H_A=a.shape[1],
+            **_config(r),
+            SOLVE="tf32" if r.dtype in (torch.bfloat16, torch.float16) else "tf32x3",
+            BACKWARD=backward,
+            num_warps=4,
+        )
+    return parts
+
+
+def _walk(
+    parts: dict[str, Tensor], x: Tensor, plan: Plan, initial: Tensor | None, *, reverse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O or dV [T, H, V], the last state [N, H, K, V], all states [NT, H, V, K], and U or dY [NT, H, C, V]."""
+    heads, size, value_size = parts["w"].shape[1], parts["w"].shape[3], x.shape[2]
+    y = x.new_empty(x.shape[0], heads, value_size)
+    final = x.new_empty(len(plan.lengths), heads, size, value_size, dtype=torch.float32)
+    kept = parts["w"].new_empty((plan.num_chunks, heads, value_size, size) if keep else 0)
+    inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
+    if plan.lengths:
+        walk[(value_size // 32, heads, len(plan.lengths))](
+            *(parts[name] for name in ("bwke" if reverse else "wbek")),
+            *(parts[name] for name in ("decay", "q", "f", "m", "p")),
+            x,
+            y,
+            inner,
+            kept,
+            final if initial is None else initial.contiguous(),
+            final,
+            plan.cu_seqlens,
+            plan.cu_chunks,
+            H=heads,
+            H_X=x.shape[1],
+            V=value_size,
+            BV=32,
+            **(_config(x) | {"K": size, "TK": 32 if size == 96 else min(64, size)}),
+            REVERSE=reverse,
+            KEEP=keep,
+            HAS_INITIAL=initial is not None,
+            STAGES=2,
+            num_warps=2,
+        )
+    return y, final, kept, inner
