@@ -4,10 +4,13 @@ import pytest
 import torch
 
 
+# Triton reads this once, when it is first imported, and then runs every kernel on the CPU in NumPy. That may
+# be while a folder's conftest.py is imported, so before any hook of this file.
+if not torch.cuda.is_available():
+    pytest.MonkeyPatch().setenv("TRITON_INTERPRET", "1")
+
+
 def pytest_configure() -> None:
-    # Triton reads this once, when it is first imported, and then runs every kernel on the CPU in NumPy.
-    if not torch.cuda.is_available():
-        pytest.MonkeyPatch().setenv("TRITON_INTERPRET", "1")
     # Two workers share two cores; a second thread in each only makes them wait for one another.
     torch.set_num_threads(1)
 

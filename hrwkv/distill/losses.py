@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hrwkv.data.packing import IGNORED_LABEL
+from hrwkv.kernels.kl import distillation_terms
 
 # Logits of one chunk and model. On a CPU a chunk should stay near the caches; a GPU wants large products.
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**21, 2**28
@@ -141,17 +142,16 @@ class _FusedDistillation(torch.autograd.Function):
         with torch.autocast(student_hidden.device.type, enabled=False):
             for part in _chunks(student_hidden.shape[0], chunk):
                 own = student_hidden[part].to(narrow)
-                logits = _product(own, head.T, dtype)  # [c, V]
-                targets = None if labels is None else labels[part]
-                grad = _chunk_terms(
-                    logits,
+                sums, grad = distillation_terms(
+                    _product(own, head.T, dtype),  # [c, V]
                     _product(teacher_hidden[part].to(narrow), teacher.T, dtype),
-                    targets,
-                    totals,
-                    (kl_scale, ce_scale) if wants_hidden or wants_head else None,
+                    labels=None if labels is None else labels[part],
+                    kl_scale=kl_scale,
+                    ce_scale=ce_scale,
+                    gradient_dtype=narrow if wants_hidden or wants_head else None,
                 )
+                totals += sums
                 if grad is not None:
-                    grad = grad.to(narrow)
                     if grad_hidden is not None:
                         grad_hidden[part] = _product(grad, head, dtype)
                     if grad_head is not None:
@@ -171,45 +171,6 @@ class _FusedDistillation(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # type: ignore[attr-defined]
         ]
         return *gradients, None, None, None, None
-
-
-def _chunk_terms(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    totals: Tensor,
-    scales: tuple[float, float] | None,
-) -> Tensor | None:
-    """Add a chunk's sums to ``totals`` [4] and return the loss's gradient on the student's logits.
-
-    student, teacher: [c, V] logits, overwritten. scales: of KL and cross-entropy, None for no gradient.
-    """
-    student.sub_(student.amax(-1, keepdim=True))
-    teacher.sub_(teacher.amax(-1, keepdim=True))
-    # Both likeliest tokens are now at exactly 0, and a sum of two numbers <= 0 is 0 only where both are:
-    # several times cheaper than argmax on a CPU.
-    totals[1] += (student + teacher).amax(-1).eq(0).sum()
-    p_student, p_teacher = student.exp(), teacher.exp()
-    z_student, z_teacher = p_student.sum(-1, keepdim=True), p_teacher.sum(-1, keepdim=True)
-    log_z, teacher_log_z = z_student.log().squeeze(-1), z_teacher.log().squeeze(-1)
-    valid = picked = None
-    if labels is not None:
-        valid = labels != IGNORED_LABEL
-        picked = labels.clamp(min=0).unsqueeze(-1)
-        totals[2] += ((log_z - student.gather(-1, picked).squeeze(-1)) * valid).sum()
-        totals[3] += ((teacher_log_z - teacher.gather(-1, picked).squeeze(-1)) * valid).sum()
-    expected = teacher.sub_(student).mul_(p_teacher).sum(-1) / z_teacher.squeeze(-1)
-    totals[0] += (expected + log_z - teacher_log_z).sum()
-    if scales is None:
-        return None
-    kl_scale, ce_scale = scales
-    if ce_scale == 0:
-        return p_student.mul_(kl_scale / z_student).sub_(p_teacher.mul_(kl_scale / z_teacher))
-    assert valid is not None
-    assert picked is not None
-    weight = ce_scale * valid.to(student.dtype).unsqueeze(-1)  # [c, 1]
-    gradient = p_student.mul_((kl_scale + weight) / z_student).sub_(p_teacher.mul_(kl_scale / z_teacher))
-    return gradient.scatter_add_(-1, picked, -weight)
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """The RWKV-7 mixer of the hybrids: no token shift, no group norm, RoPE on r and k; variants as values.
 
-The equations are numbered in docs/hxa079.md; the arithmetic is that of the released checkpoints, hxa079's
-log-log decay in the key scale (10) included. Decay, rates and the state are fp32 whatever the weights are.
+The layer holds the parameters and their matrix products. What lies between the projections and W_o is the
+kernels' work: mix, wkv7 and finish, or all of it at once in a decode step. Equations: docs/hxa079.md.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrwkv.kernels.wkv7 import wkv7, wkv7_decode
+from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
+from hrwkv.kernels.wkv7 import mixer_decode, wkv7
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.layers.common import RMSNorm, Rope, apply_rope, low_rank, repeat_heads
+from hrwkv.layers.common import RMSNorm, Rope, low_rank
 
-FirstLayer = tuple[Tensor, Tensor]  # v_first [T, H_v, K], k_first [T, H_kv, K], of the stack's first layer
-LOW_RANK_VALUE_SCALE = 0.2  # (32)
+__all__ = ["VARIANTS", "FirstLayer", "LowRankSizes", "TimeMix", "Variant"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,9 @@ class TimeMix(nn.Module):
     ) -> None:
         super().__init__()
         width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.head_dim = head_dim
         self.variant = variant
+        self.form = Form(variant.value_residual, variant.key_scale, norm_eps=qk_norm_eps or 0.0)
         self.receptance = nn.Linear(hidden_size, width, bias=bias)
         self.key = nn.Linear(hidden_size, kv_width, bias=bias)
         self.value = nn.Linear(hidden_size, kv_width, bias=bias)
@@ -136,82 +136,66 @@ class TimeMix(nn.Module):
 
         x: [T, D], the normed residual stream. rope: cos and sin to rotate r and k by, None for no position
         encoding. first: the first layer's value and key, None in that layer; gradients flow through them.
-        state: pool [slots, H, K, K] fp32, read at ``batch.state_slots`` and written in place; None starts
-        every sequence from zeros. Returns y [T, D] and ``first``, which stays None if nothing reads it.
+        state: pool [slots, H, K, K], read at ``batch.state_slots`` and written in place, no gradient flows
+        through it; None starts every sequence from zeros. Returns y [T, D] and ``first``, which stays None
+        if nothing reads it.
         """
-        r, k, v = self._project(x, rope)
-        k, v, first = self._residuals(x, k, v, first)
-        o = self._recur(x, r, k, v, batch, state)
-        gate = torch.sigmoid(x @ self.g1) @ self.g2  # [T, C] (14)
-        return self.output(o.flatten(1) * gate), first
-
-    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
-        """r [T, H, K] and k, v [T, H_kv, K], normed and rotated (2 to 4)."""
-        r = self.receptance(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.key(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.value(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.qk_norm:
-            r, k = self.r_norm(r), self.k_norm(k)
-        if rope is not None:
-            r, k = apply_rope(r, rope), apply_rope(k, rope)
-        return r, k, v
-
-    def _residuals(
-        self, x: Tensor, k: Tensor, v: Tensor, first: FirstLayer | None
-    ) -> tuple[Tensor, Tensor, FirstLayer | None]:
-        """k [T, H_kv, K] and v, by then [T, H_kv, K] or [T, H, K], with their residuals (5, 6, 31, 32)."""
-        if self.variant.value_residual in ("gated_repeated", "low_rank"):
-            v = self._repeat(v)
-        if self.variant.value_residual == "low_rank":
-            v = v + LOW_RANK_VALUE_SCALE * low_rank(x, self.v1, self.v2).view_as(v)  # (32)
-        if not self.variant.reads_layer_0:
-            return k, v, first
-        if first is None:
-            return k, v, (v, k)
-        v_first, k_first = first
-        if self.variant.gates_value:
-            v = _blend(v, v_first, self.v0 + low_rank(x, self.v1, self.v2))  # (5, 31)
-        if self.variant.key_residual:
-            k = _blend(k, k_first, self.k0 + low_rank(x, self.k1, self.k2))  # (6)
-        return k, v, first
-
-    def _repeat(self, x: Tensor) -> Tensor:
-        """[T, H_kv, K] or [T, H, K] -> [T, H, K]."""
-        return repeat_heads(x, self.num_heads // x.shape[1])
-
-    def _recur(
-        self, x: Tensor, r: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, state: Tensor | None
-    ) -> Tensor:
-        """Rates, delta rule, scale and bonus (7 to 13, 33); returns o [T, H, K] in x's dtype."""
-        heads = (self.num_heads, self.head_dim)
-        a = torch.sigmoid(self.a0 + low_rank(x, self.a1, self.a2)).float().unflatten(-1, heads)  # (7)
-        decay_input = self.w0.float() + (torch.tanh(x @ self.w1) @ self.w2).float()
-        w = (-F.softplus(-decay_input) - 0.5).unflatten(-1, heads)  # log(-log(decay)), <= -0.5 (8)
-        log_decay = -w.exp()
-        kk = self._repeat(F.normalize(k.float(), dim=-1, eps=1e-12))  # (9)
-        k, v = self._repeat(k), self._repeat(v)
-        scale = w if self.variant.key_scale == "log_log" else log_decay.exp()
-        k = (k * (1 - scale + a)).to(v.dtype)  # (10, 33)
-        inputs = (r, log_decay, k, v, -kk, kk * a)
-        if state is None:
-            o, _ = wkv7(*inputs, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
-        elif batch.is_decode:
+        rows, weights = self._project(x, in_first=first is None), self._weights()
+        if state is not None and batch.is_decode and not torch.is_grad_enabled():
             assert batch.state_slots is not None
-            o = wkv7_decode(*inputs, state=state, state_slots=batch.state_slots)
-        else:
-            o, final = wkv7(
-                *inputs,
-                cu_seqlens=batch.cu_seqlens,
-                lengths=batch.lengths,
-                initial_state=state[batch.state_slots],
+            y, first = mixer_decode(
+                rows,
+                weights,
+                form=self.form,
+                rope=rope,
+                first=first,
+                state=state,
+                state_slots=batch.state_slots,
             )
-            state[batch.state_slots] = final
-        o = o * self.head_dim**-0.5
-        if self.variant.bonus:
-            o = o + (r * k * self.r_k).sum(-1, keepdim=True) * v  # (13), not scaled
-        return o
+        else:
+            mixed, first = mix(rows, weights, form=self.form, rope=rope, first=first)
+            o = _recur(mixed, batch, state)
+            y = finish(o, mixed, rows.gate, r_k=weights.r_k)
+        return self.output(y.flatten(1)), first
+
+    def _project(self, x: Tensor, *, in_first: bool) -> Rows:
+        """The products of x that this layer reads, by heads (2, 5 to 8, 14, 31, 32)."""
+        gates_value = self.variant.gates_value and not in_first
+        reads_value = gates_value or self.variant.value_residual == "low_rank"
+        reads_key = self.variant.key_residual and not in_first
+
+        def heads(rows: Tensor) -> Tensor:
+            return rows.unflatten(-1, (-1, self.head_dim))
+
+        return Rows(
+            r=heads(self.receptance(x)),
+            k=heads(self.key(x)),
+            v=heads(self.value(x)),
+            decay=heads(torch.tanh(x @ self.w1) @ self.w2),
+            iclr=heads(low_rank(x, self.a1, self.a2)),
+            gate=heads(torch.sigmoid(x @ self.g1) @ self.g2),
+            value=heads(low_rank(x, self.v1, self.v2)) if reads_value else None,
+            key=heads(low_rank(x, self.k1, self.k2)) if reads_key else None,
+        )
+
+    def _weights(self) -> Weights:
+        """The vectors that the variant has."""
+        return Weights(
+            w0=self.w0,
+            a0=self.a0,
+            v0=self.v0 if self.variant.gates_value else None,
+            k0=self.k0 if self.variant.key_residual else None,
+            r_k=self.r_k if self.variant.bonus else None,
+            r_norm=self.r_norm.weight if self.qk_norm else None,
+            k_norm=self.k_norm.weight if self.qk_norm else None,
+        )
 
 
-def _blend(own: Tensor, first: Tensor, logits: Tensor) -> Tensor:
-    """own [T, heads, K] moved towards ``first`` by sigmoid(logits [T, heads * K])."""
-    return own + (first - own) * torch.sigmoid(logits).view_as(own)
+def _recur(mixed: Mixed, batch: TokenBatch, state: Tensor | None) -> Tensor:
+    """The recurrence (11) over whole sequences, or over pieces that go on from the pool: o [T, H, K]."""
+    before = None if state is None else state[batch.state_slots]
+    o, after = wkv7(*mixed, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths, initial_state=before)
+    if state is not None:
+        # A pool with a graph would keep every earlier piece alive.
+        state[batch.state_slots] = after.detach().to(state.dtype)
+    return o

@@ -1,7 +1,8 @@
 """The mixer against its equations, written down once more: token by token, head by head, in fp64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +16,16 @@ from tests.builders import RANKS, randomise, ranks_of
 
 WIDTH, HEADS, SIZE, EPS, THETA = 20, 6, 8, 1e-5, 100.0
 LENGTHS = (7, 1, 19)
+GPU_LENGTHS = (70, 1, 0, 19)  # several chunks of 32, less than one, none
 # Relative to the largest output. The mixer computes in fp32: sums of up to a hundred products, each
 # rounded by 6e-8, over 19 steps of the recurrence in two layers; measured 1.9e-6. Another variant's equations
 # are off by 0.7 or more.
 TOLERANCE = 5e-6
+# On a GPU products of fp32 are three of tf32, and exp2 and rsqrt are a few last places off; sums as above.
+GPU_TOLERANCE = 5e-5
+# In bf16 a GPU rounds what the CPU rounds (rows, what ``mix`` gives, o, y), and the operands of the chunks' four
+# products besides; all of it together is not far from the first part alone, which differs from case to case.
+BF16_RATIO = 3.0
 CASES: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 2},
     "one-kv-head": {"num_kv_heads": 1},
@@ -202,7 +209,7 @@ def naive_stack(variant: str, mixers: list[TimeMix], x: Tensor, *, rotates: bool
     return [torch.stack(row) for row in rows]
 
 
-def build(variant: str, *, num_kv_heads: int = 2, **changes: Any) -> list[TimeMix]:
+def build(variant: str, *, num_kv_heads: int = 2, head_dim: int = SIZE, **changes: Any) -> list[TimeMix]:
     """Two layers with every parameter random."""
     own = ranks_of(variant)
     ranks = LowRankSizes(**{name.removesuffix("_rank"): own.get(name) for name in RANKS})
@@ -212,7 +219,7 @@ def build(variant: str, *, num_kv_heads: int = 2, **changes: Any) -> list[TimeMi
             WIDTH,
             HEADS,
             num_kv_heads=num_kv_heads,
-            head_dim=SIZE,
+            head_dim=head_dim,
             ranks=ranks,
             variant=VARIANTS[variant],
             **changes,
@@ -224,9 +231,9 @@ def build(variant: str, *, num_kv_heads: int = 2, **changes: Any) -> list[TimeMi
     return mixers
 
 
-def tables(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    inv_freq = THETA ** (-torch.arange(0, SIZE, 2, dtype=torch.float64) / SIZE)
-    angles = batch.positions.double().unsqueeze(-1) * inv_freq
+def tables(batch: TokenBatch, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(0, size, 2, dtype=torch.float64, device=batch.positions.device)
+    angles = batch.positions.double().unsqueeze(-1) * THETA ** (-steps / size)
     return angles.cos().float(), angles.sin().float()
 
 
@@ -239,7 +246,7 @@ def stack(
     states: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """As ``naive_stack``, for packed x."""
-    rope = tables(batch) if rotates else None
+    rope = tables(batch, mixers[0].head_dim) if rotates else None
     first: FirstLayer | None = None
     outputs = []
     for mixer, state in zip(mixers, states or (None, None), strict=True):
@@ -285,20 +292,64 @@ def test_a_variant_has_the_parameters_of_its_equations_only(variant: str) -> Non
     assert shapes == common | {"g1": [WIDTH, 6], "g2": [6, 48]} | OWN_PARAMETERS[variant]
 
 
+def outputs_and_grads(
+    mixers: Sequence[TimeMix], x: Tensor, *, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Both y, and the gradients of a fixed sum of them in x and every parameter that is read, by name."""
+    mixers, x = [deepcopy(mixer).to(device, dtype) for mixer in mixers], x.to(device, dtype).requires_grad_()
+    ys = stack(mixers, x, TokenBatch.from_lengths(GPU_LENGTHS, device=device))
+    generator = torch.Generator().manual_seed(6)
+    torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator).to(y) for y in ys])
+    found = {"y0": ys[0], "y1": ys[1], "dx": x.grad}
+    for layer, mixer in enumerate(mixers):
+        found |= {f"{layer}.{name}": p.grad for name, p in mixer.named_parameters() if p.grad is not None}
+    return {name: y.detach().cpu().double() for name, y in found.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        *((variant, {"head_dim": 32, "qk_norm_eps": EPS}) for variant in VARIANTS),
+        ("hxa079", {"head_dim": 96, "num_kv_heads": 3}),
+    ],
+    ids=[*VARIANTS, "hxa079-K=96"],
+)
+def test_outputs_and_gradients_on_a_gpu_are_those_of_fp64(
+    variant: str, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    mixers = [mixer.to(dtype) for mixer in build(variant, **changes)]
+    x = inputs(sum(GPU_LENGTHS)).to(dtype)
+    exact = outputs_and_grads(mixers, x, dtype=torch.float64, device="cpu")
+    on_cpu = outputs_and_grads(mixers, x, dtype=dtype, device="cpu")
+    on_gpu = outputs_and_grads(mixers, x, dtype=dtype, device="cuda")
+    assert on_gpu.keys() == exact.keys()
+    for name, y in exact.items():
+        rounding = BF16_RATIO * ((on_cpu[name] - y).norm() / y.norm()).item()
+        allowed = rounding if dtype == torch.bfloat16 else GPU_TOLERANCE
+        assert (on_gpu[name] - y).norm() / y.norm() < allowed, name
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "tolerance"),
+    [("cpu", SIZE, TOLERANCE), pytest.param("cuda", 32, GPU_TOLERANCE, marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pieces_then_decode_are_one_forward(variant: str) -> None:
-    mixers, x = build(variant, qk_norm_eps=EPS), inputs(2 * 15)
-    states = [torch.full((4, HEADS, SIZE, SIZE), 1e4) for _ in mixers]
-    slots = torch.tensor([3, 1])
+def test_pieces_then_decode_are_one_forward(variant: str, device: str, size: int, tolerance: float) -> None:
+    mixers = [mixer.to(device) for mixer in build(variant, qk_norm_eps=EPS, head_dim=size)]
+    x = inputs(2 * 15).to(device)
+    states = [torch.full((4, HEADS, size, size), 1e4, device=device) for _ in mixers]
+    slots = torch.tensor([3, 1], device=device)
     for state in states:
         state[slots] = 0
     rows, pieces, start = x.view(2, 15, WIDTH), [[], []], 0
     with torch.no_grad():
-        whole = stack(mixers, x, TokenBatch.from_lengths([15, 15]))
+        whole = stack(mixers, x, TokenBatch.from_lengths([15, 15], device=device))
         for count in (7, 4, 1, 1, 1, 1):  # the last ones are decode steps
             batch = replace(
-                TokenBatch.from_lengths([count, count]),
-                positions=torch.arange(start, start + count).repeat(2),
+                TokenBatch.from_lengths([count, count], device=device),
+                positions=torch.arange(start, start + count, device=device).repeat(2),
                 state_slots=slots,
             )
             packed = rows[:, start : start + count].flatten(0, 1)
@@ -306,8 +357,27 @@ def test_pieces_then_decode_are_one_forward(variant: str) -> None:
                 parts.append(y.view(2, count, WIDTH))
             start += count
     for parts, expected in zip(pieces, whole, strict=True):
-        assert error(torch.cat(parts, 1).flatten(0, 1), expected) < TOLERANCE
+        assert error(torch.cat(parts, 1).flatten(0, 1), expected) < tolerance
     assert all((state[[0, 2]] == 1e4).all() for state in states), "a slot of nobody was written"
+
+
+@pytest.mark.parametrize("length", [1, 3], ids=["decode", "piece"])
+def test_a_step_from_memory_has_gradients_but_leaves_none_in_it(length: int) -> None:
+    """A pool that took part in a graph would keep the graph of every step before it alive."""
+    (mixer, _), x = build("hxa079"), inputs(2 * length)
+    batch = replace(TokenBatch.from_lengths([length] * 2), state_slots=torch.tensor([1, 0]))
+    pool = torch.randn(2, HEADS, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
+    state, same = pool.clone(), pool.clone()
+    y, _ = mixer(x, batch, state=state)
+    y.square().sum().backward()
+    with torch.no_grad():
+        expected, _ = mixer(x, batch, state=same)
+    assert not state.requires_grad
+    assert error(y.detach(), expected) < TOLERANCE
+    assert error(state, same) < TOLERANCE
+    unread = {"v0", "v1", "v2", "k0", "k1", "k2"}  # by a first layer
+    assert {name for name, p in mixer.named_parameters() if p.grad is None} == unread
+    assert all(p.grad.norm() > 1e-3 for p in mixer.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

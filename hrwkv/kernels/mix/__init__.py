@@ -13,7 +13,7 @@ from torch import Tensor
 from hrwkv.kernels.mix import naive
 from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights
 
-__all__ = ["Form", "Mixed", "Rows", "Weights", "finish", "mix"]
+__all__ = ["FirstLayer", "Form", "Mixed", "Rope", "Rows", "Weights", "check", "finish", "mix"]
 
 
 def mix(
@@ -38,12 +38,7 @@ def mix(
         ValueError: if shapes, dtypes or devices do not fit one another, or a tensor that the form reads is
             missing.
     """
-    _check_rows(rows)
-    _check_weights(rows, weights, form)
-    _check_residuals(rows, weights, form, first)
-    if rope is not None:
-        for name, table in zip(("cos", "sin"), rope, strict=True):
-            _check(name, table, shape=(len(rows.r), rows.r.shape[2] // 2), like=rows.r)
+    check(rows, weights, form=form, rope=rope, first=first)
     if _runs_fused(rows.r):
         from hrwkv.kernels.mix import fused_mix
 
@@ -82,6 +77,16 @@ def finish(o: Tensor, mixed: Mixed, gate: Tensor, *, r_k: Tensor | None) -> Tens
     return naive.finish(o, mixed, gate, r_k=r_k)
 
 
+def check(rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None) -> None:
+    """Raise ValueError where arguments of ``mix``, or of a kernel that contains it, do not fit together."""
+    _check_rows(rows)
+    _check_weights(rows, weights, form)
+    _check_residuals(rows, weights, form, first)
+    if rope is not None:
+        for name, table in zip(("cos", "sin"), rope, strict=True):
+            _check(name, table, shape=(len(rows.r), rows.r.shape[2] // 2), like=rows.r)
+
+
 def _runs_fused(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
@@ -97,6 +102,7 @@ def _check_rows(rows: Rows) -> None:
     _check_row("rows.v", rows.v, shape=rows.k.shape, like=rows.r)
     _check_row("rows.decay", rows.decay, shape=rows.r.shape, like=rows.r)
     _check_row("rows.iclr", rows.iclr, shape=rows.r.shape, like=rows.r)
+    _check_row("rows.gate", rows.gate, shape=rows.r.shape, like=rows.r)
 
 
 def _check_weights(rows: Rows, weights: Weights, form: Form) -> None:
@@ -109,6 +115,8 @@ def _check_weights(rows: Rows, weights: Weights, form: Form) -> None:
         _check_vector("weights.v0", weights.v0, heads=value_heads, like=rows.r)
     if weights.k0 is not None:
         _check_vector("weights.k0", weights.k0, heads=kv_heads, like=rows.r)
+    if weights.r_k is not None:
+        _check_vector("weights.r_k", weights.r_k, heads=heads, like=rows.r)
     if (weights.r_norm is None) != (weights.k_norm is None):
         raise ValueError("one of weights.r_norm and weights.k_norm is None: give both or none of them")
     for name, x in (("weights.r_norm", weights.r_norm), ("weights.k_norm", weights.k_norm)):

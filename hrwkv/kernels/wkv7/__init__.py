@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hrwkv.kernels.mix import FirstLayer, Form, Rope, Rows, Weights, check, finish, mix
+from hrwkv.kernels.mix.naive import repeat_heads
 from hrwkv.kernels.wkv7 import chunk_torch, naive
 
 TRITON_SIZES = (32, 64, 96, 128)
@@ -109,11 +111,7 @@ def wkv7_decode(
         ValueError: if shapes, dtypes or devices do not fit one another.
     """
     _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
-    _check_state("state", state, shape=(len(state), *k.shape[1:], v.shape[-1]), like=v)
-    if state_slots.shape != (len(r),):
-        raise ValueError(
-            f"state_slots has shape {list(state_slots.shape)}, expected [{len(r)}]: one slot per sequence"
-        )
+    _check_pool(state, state_slots, r=r, v=v)
     if _fits_triton(r, v):
         from hrwkv.kernels.wkv7 import decode
 
@@ -122,9 +120,45 @@ def wkv7_decode(
     return naive.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[T, H_x, K] -> [T, heads, K]: head h is that of ``h // (heads / H_x)``."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+@torch.no_grad()
+def mixer_decode(
+    rows: Rows,
+    weights: Weights,
+    *,
+    form: Form,
+    rope: Rope | None,
+    first: FirstLayer | None,
+    state: Tensor,
+    state_slots: Tensor,
+) -> tuple[Tensor, FirstLayer | None]:
+    """``mix``, ``wkv7_decode`` and ``finish`` for one token a sequence, in one launch on a GPU.
+
+    Args:
+        rows: as for ``hrwkv.kernels.mix.mix``, and so are weights, form, rope and first; T is N.
+        weights: the mixer's vectors, r_k included.
+        form: the variant's choices.
+        rope: cos and sin, or None.
+        first: the first layer's value and key, or None in that layer.
+        state: ``[slots, H, K, K]`` pool, as for ``wkv7_decode``.
+        state_slots: ``[N]``, as for ``wkv7_decode``.
+
+    Returns:
+        y ``[N, H, K]``, the input of the output projection, and ``first`` as ``mix`` returns it.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit one another.
+    """
+    if not _fits_triton(rows.r, rows.v):
+        mixed, first = mix(rows, weights, form=form, rope=rope, first=first)
+        o = wkv7_decode(*mixed, state=state, state_slots=state_slots)
+        return finish(o, mixed, rows.gate, r_k=weights.r_k), first
+    check(rows, weights, form=form, rope=rope, first=first)
+    _check_pool(state, state_slots, r=rows.r, v=rows.v)
+    from hrwkv.kernels.wkv7 import decode
+
+    return decode.mixer_decode(
+        rows, weights, form=form, rope=rope, first=first, state=state, state_slots=state_slots
+    )
 
 
 def _fits_triton(r: Tensor, v: Tensor) -> bool:
@@ -153,6 +187,15 @@ def _check_tokens(r: Tensor, log_decay: Tensor, *, k: Tensor, v: Tensor, a: Tens
             raise ValueError(f"{name} has dtype {x.dtype}, expected a floating dtype: convert it first")
         if x.device != r.device:
             raise ValueError(f"{name} lies on {x.device}, expected {r.device} where r lies: move it there")
+
+
+def _check_pool(state: Tensor, state_slots: Tensor, *, r: Tensor, v: Tensor) -> None:
+    """Refuse a pool or slots that do not fit one token r [N, H, K] and v [N, H_v, V] a sequence."""
+    _check_state("state", state, shape=(len(state), *r.shape[1:], v.shape[-1]), like=v)
+    if state_slots.shape != (len(r),):
+        raise ValueError(
+            f"state_slots has shape {list(state_slots.shape)}, expected [{len(r)}]: one slot per sequence"
+        )
 
 
 def _check_state(name: str, state: Tensor, *, shape: tuple[int, ...], like: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Triton kernel of the chunked recurrence's gradients: all chunks at once, hxa079.md (22).
 
 By then ``walk`` has been through the chunks in both directions, so each chunk knows the state S before it, the
-gradient dS of the state after it, U and dY, and dV is done. A program makes the gradients of one block of key columns;
-the four [C, C] matrices of (22e) are made again for each block, which costs less than a trip through memory.
+gradient dS of the state after it, U and dY, and dV is done. Vectors that play the same part are stacked, [A; R], [B; K^], [dY; dO]
+and [U; Vm], 2C rows each: five products instead of twenty, tall enough for every matrix unit.
 
 dlog_decay is a difference of large sums that nearly cancel. They do so exactly here, because the products
 r dr, k dk, .. are taken of the same rounded vectors as the matrix products.
@@ -11,7 +11,14 @@ r dr, k dk, .. are taken of the same rounded vectors as the matrix products.
 import triton
 import triton.language as tl
 
-from hrwkv.kernels.wkv7.chunk_fwd import LOG2E, load_tile, rounded, running_sum, tile_columns
+from hrwkv.kernels.wkv7.chunk_fwd import LOG2E, load_tile, rounded, running_sum
+
+
+@triton.jit
+def stacked(upper, lower, row_upper, row_lower, columns, first, mask):
+    """Load [2C, k]: the rows of ``upper`` where ``first`` [2C], below them those of ``lower``; row offsets in elements."""
+    rows = tl.where(first, upper + row_upper, lower + row_lower)
+    return tl.load(rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
 
 @triton.jit
@@ -41,100 +48,89 @@ def gradients(
     C: tl.constexpr,
     TK: tl.constexpr,
     TV: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program per (block of TK keys, head, chunk).
 
-    ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V] in ``DOT``; outputs [T, H, K].
+    ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V]; outputs [T, H, K]; all but log_decay in ``DOT``.
     """
-    columns = tl.program_id(0) * TK + tl.arange(0, TK)
+    first_column = tl.program_id(0) * TK
     head = tl.program_id(1)
     chunk = tl.program_id(2).to(tl.int64)
     start = tl.load(chunks + 2 * chunk).to(tl.int64)
     count = tl.load(chunks + 2 * chunk + 1)
-    step = tl.arange(0, C)
+    row = tl.arange(0, 2 * C)
+    first = row < C
+    step = row % C
     present = step < count
-    lower = step[:, None] >= step[None, :]
-    strictly_lower = step[:, None] > step[None, :]
-    first = (start * H + head) * K
-    do += (start * H + head) * V
+    at = step * (H * K)
+    at_a = step * (H_A * K)
+    tokens = (start * H + head) * K + first_column
+    r += tokens
+    k += tokens
+    b += tokens
+    log_decay += tokens
+    dr += tokens
+    dk += tokens
+    da += tokens
+    db += tokens
+    dlog_decay += tokens
+    a += (start * H_A + head // (H // H_A)) * K + first_column
     v += (start * H_V + head // (H // H_V)) * V
-    a += (start * H_A + head // (H // H_A)) * K
+    do += (start * H + head) * V
     u += (chunk * H + head) * (C * V)
     dy += (chunk * H + head) * (C * V)
-    states += (chunk * H + head) * (V * K)
-    dstates += (chunk * H + head) * (V * K)
+    states += (chunk * H + head) * (V * K) + first_column
+    dstates += (chunk * H + head) * (V * K) + first_column
 
-    dp_ab = tl.zeros([C, C], tl.float32)
-    dp_ak = tl.zeros([C, C], tl.float32)
-    dp_rb = tl.zeros([C, C], tl.float32)
-    dp_rk = tl.zeros([C, C], tl.float32)
-    da_end = tl.zeros([C, TK], tl.float32)
-    dr_end = tl.zeros([C, TK], tl.float32)
-    db_end = tl.zeros([C, TK], tl.float32)
-    dk_end = tl.zeros([C, TK], tl.float32)
-    dending = tl.zeros([TK], tl.float32)
-    for j in tl.static_range((V + TV - 1) // TV):
-        values = tile_columns(j, V, TV)
-        inner = step[:, None] * V + values[None, :]
+    # All that the value axis carries: [dP_ab, dP_ak; dP_rb, dP_rk] = tril([dY; dO] [U; Vm]^T) of (22e), and the
+    # state's share of (22f).
+    columns = tl.arange(0, TK)
+    dp = tl.zeros([2 * C, 2 * C], tl.float32)
+    dar = tl.zeros([2 * C, TK], tl.float32)
+    dbk_end = tl.zeros([2 * C, TK], tl.float32)
+    dending = tl.zeros([TV, TK], tl.float32)
+    for j in tl.range(0, V // TV, num_stages=STAGES):
+        values = j * TV + tl.arange(0, TV)
+        left = stacked(dy, do, step * V, step * (H * V), values, first, present)
+        right = stacked(u, v, step * V, step * (H_V * V), values, first, present)
         of_state = values[:, None] * K + columns[None, :]
-        v_tile = load_tile(v, step * H_V, values, present, V).to(DOT)
-        do_tile = load_tile(do, step * H, values, present, V).to(DOT)
-        u_tile = tl.load(u + inner)
-        y_tile = tl.load(dy + inner)
-        u_right = tl.trans(u_tile)
-        v_right = tl.trans(v_tile)
-        dp_ab = tl.dot(y_tile, u_right, dp_ab, input_precision=PRECISION)
-        dp_ak = tl.dot(y_tile, v_right, dp_ak, input_precision=PRECISION)
-        dp_rb = tl.dot(do_tile, u_right, dp_rb, input_precision=PRECISION)
-        dp_rk = tl.dot(do_tile, v_right, dp_rk, input_precision=PRECISION)
         state = tl.load(states + of_state)
         dstate = tl.load(dstates + of_state)
-        da_end = tl.dot(y_tile, state, da_end, input_precision=PRECISION)
-        dr_end = tl.dot(do_tile, state, dr_end, input_precision=PRECISION)
-        db_end = tl.dot(u_tile, dstate, db_end, input_precision=PRECISION)
-        dk_end = tl.dot(v_tile, dstate, dk_end, input_precision=PRECISION)
-        dending += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=0)
-    ab = tl.where(strictly_lower, dp_ab, 0.0).to(DOT)
-    ak = tl.where(strictly_lower, dp_ak, 0.0).to(DOT)
-    rb = tl.where(lower, dp_rb, 0.0).to(DOT)
-    rk = tl.where(lower, dp_rk, 0.0).to(DOT)
+        dp = tl.dot(left, tl.trans(right), dp, input_precision=PRECISION)
+        dar = tl.dot(left, state, dar, input_precision=PRECISION)
+        dbk_end = tl.dot(right, dstate, dbk_end, input_precision=PRECISION)
+        dending += state.to(tl.float32) * dstate.to(tl.float32)
+    allowed = (step[:, None] > step[None, :]) | ((step[:, None] == step[None, :]) & (row >= C)[:, None])
+    dp_low = tl.where(allowed, dp, 0.0).to(DOT)
 
-    g = load_tile(log_decay + first, step * H, columns, present, K) * LOG2E
-    total = running_sum(lower, g, DOT, PRECISION)
-    ending = tl.exp2(tl.sum(g, axis=0))
-    grow = tl.exp2(total)
-    shrink = tl.exp2(-total)
-    before = tl.exp2(total - g)
-    a_wide = rounded(load_tile(a, step * H_A, columns, present, K) * before, DOT)
-    r_wide = rounded(load_tile(r + first, step * H, columns, present, K) * grow, DOT)
-    b_wide = rounded(load_tile(b + first, step * H, columns, present, K) * shrink, DOT)
-    k_wide = rounded(load_tile(k + first, step * H, columns, present, K) * shrink, DOT)
-    a_hat = a_wide.to(DOT)
-    r_hat = r_wide.to(DOT)
-    b_hat = b_wide.to(DOT)
-    k_hat = k_wide.to(DOT)
-    da_hat = tl.dot(ab, b_hat, da_end, input_precision=PRECISION)
-    da_hat = tl.dot(ak, k_hat, da_hat, input_precision=PRECISION)
-    dr_hat = tl.dot(rb, b_hat, dr_end, input_precision=PRECISION)
-    dr_hat = tl.dot(rk, k_hat, dr_hat, input_precision=PRECISION)
-    db_end *= ending[None, :]
-    dk_end *= ending[None, :]
-    db_hat = tl.dot(tl.trans(ab), a_hat, db_end, input_precision=PRECISION)
-    db_hat = tl.dot(tl.trans(rb), r_hat, db_hat, input_precision=PRECISION)
-    dk_hat = tl.dot(tl.trans(ak), a_hat, dk_end, input_precision=PRECISION)
-    dk_hat = tl.dot(tl.trans(rk), r_hat, dk_hat, input_precision=PRECISION)
-
-    out = first + ((step * H)[:, None] * K + columns[None, :])
-    kind = dr.dtype.element_ty
-    tl.store(dr + out, (dr_hat * grow).to(kind), mask=present[:, None])
-    tl.store(da + out, (da_hat * before).to(kind), mask=present[:, None])
-    tl.store(db + out, (db_hat * shrink).to(kind), mask=present[:, None])
-    tl.store(dk + out, (dk_hat * shrink).to(kind), mask=present[:, None])
-
-    at = r_wide * dr_hat - b_wide * db_hat - k_wide * dk_hat
-    of_end = dending * ending + tl.sum(b_wide * db_end + k_wide * dk_end, axis=0)
-    dg = running_sum(tl.trans(lower), at, DOT, PRECISION)
-    dg += running_sum(tl.trans(strictly_lower), a_wide * da_hat, DOT, PRECISION)
-    tl.store(dlog_decay + out, (dg + of_end[None, :]).to(dlog_decay.dtype.element_ty), mask=present[:, None])
+    chunk_row = tl.arange(0, C)
+    g = load_tile(log_decay, chunk_row * H, columns, chunk_row < count, K)  # [C, TK]
+    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
+    ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
+    # exp(G_t) for r, exp(G_{t-1}) for a; exp(-G_t) for b and k.
+    grow = (step + (row >= C))[:, None] > chunk_row[None, :]
+    grow = tl.exp2(running_sum(grow, g, DOT, PRECISION, exact) * LOG2E)
+    shrink = step[:, None] >= chunk_row[None, :]
+    shrink = tl.exp2(running_sum(shrink, g, DOT, PRECISION, exact) * -LOG2E)
+    ar = rounded(stacked(a, r, at_a, at, columns, first, present).to(tl.float32) * grow, DOT)
+    bk = rounded(stacked(b, k, at, at, columns, first, present).to(tl.float32) * shrink, DOT)
+    dar = tl.dot(dp_low, bk.to(DOT), dar, input_precision=PRECISION)
+    dbk_end *= ending[None, :]
+    dbk = tl.dot(tl.trans(dp_low), ar.to(DOT), dbk_end, input_precision=PRECISION)
+    rows = tl.where(first, da + at, dr + at)
+    tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
+    rows = tl.where(first, db + at, dk + at)
+    tl.store(rows[:, None] + columns[None, :], (dbk * shrink).to(DOT), mask=present[:, None])
+    # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t, the end of the chunk on G_C.
+    of_end = tl.sum(dending, axis=0) * ending + tl.sum(bk * dbk_end, axis=0)
+    later = (step + (row >= C))[None, :] > chunk_row[:, None]  # [C, 2C]
+    dg = running_sum(later, ar * dar, DOT, PRECISION) + of_end[None, :]
+    dg -= running_sum(step[None, :] >= chunk_row[:, None], bk * dbk, DOT, PRECISION)
+    tl.store(
+        dlog_decay + (chunk_row * (H * K))[:, None] + columns[None, :],
+        dg.to(dlog_decay.dtype.element_ty),
+        mask=(chunk_row < count)[:, None],
+    )

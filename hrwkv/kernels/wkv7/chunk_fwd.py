@@ -56,14 +56,14 @@ def rounded(x, DOT: tl.constexpr):
 
 
 @triton.jit
-def running_sum(keep, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """``keep @ x`` for a 0/1 matrix [C, C] and fp32 ``x [C, k]``, with x as a sum of two bf16 where products are."""
-    if DOT == tl.bfloat16:
+def running_sum(keep, x, DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr = False):
+    """``keep @ x`` for a 0/1 matrix and fp32 ``x``, as a sum of two bf16 where products are, unless one is ``EXACT``."""
+    if DOT == tl.bfloat16 and not EXACT:
         high = rounded(x, DOT)
         total = tl.dot(keep.to(DOT), high.to(DOT))
         total = tl.dot(keep.to(DOT), (x - high).to(DOT), total)
     else:
-        total = tl.dot(keep.to(DOT), x, input_precision=PRECISION)
+        total = tl.dot(keep.to(DOT), x.to(DOT), input_precision=PRECISION)
     return total
 
 
@@ -100,93 +100,83 @@ def prepare(
     m_out,
     p_out,
     decay_out,
+    num_chunks,
     H: tl.constexpr,
     H_A: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     TK: tl.constexpr,
+    PER: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SOLVE: tl.constexpr,
     BACKWARD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program per (head, chunk). ``chunks [NT, 2]`` int32: first token and number of tokens.
+    """One program per (head, PER chunks): the next chunk's inputs are on their way while one is worked on.
 
-    Outputs [NT, H, C, K] and [NT, H, C, C] in ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out`` and ``p_out``
-    (M and P_rb) are written where ``BACKWARD``.
+    ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in ``DOT``,
+    ``decay_out [NT, H, K]`` fp32; ``m_out`` and ``p_out`` (M and P_rb) are written where ``BACKWARD``.
     """
-    head = tl.program_id(0)
-    chunk = tl.program_id(1).to(tl.int64)
-    start = tl.load(chunks + 2 * chunk).to(tl.int64)
-    count = tl.load(chunks + 2 * chunk + 1)
+    head = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * PER
     step = tl.arange(0, C)
-    present = step < count
-    rows = step * H
-    rows_a = step * H_A
-    log_decay += (start * H + head) * K
-    r += (start * H + head) * K
-    k += (start * H + head) * K
-    b += (start * H + head) * K
-    a += (start * H_A + head // (H // H_A)) * K
-    place = (chunk * H + head) * C
-    w_out += place * K
-    e_out += place * K
-    b_out += place * K
-    k_out += place * K
-    q_out += place * C
-    f_out += place * C
-    m_out += place * C
-    p_out += place * C
-    decay_out += (chunk * H + head) * K
     lower = step[:, None] >= step[None, :]
     strictly_lower = step[:, None] > step[None, :]
+    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
+    for chunk in tl.range(first, min(num_chunks, first + PER), num_stages=STAGES):
+        start = tl.load(chunks + 2 * chunk).to(tl.int64)
+        present = step < tl.load(chunks + 2 * chunk + 1)
+        tokens = (start * H + head) * K
+        tokens_a = (start * H_A + head // (H // H_A)) * K
+        place = head + chunk * H
+        p_ab = tl.zeros([C, C], tl.float32)
+        p_ak = tl.zeros([C, C], tl.float32)
+        p_rb = tl.zeros([C, C], tl.float32)
+        p_rk = tl.zeros([C, C], tl.float32)
+        a_tiles = ()
+        r_tiles = ()
+        for i in tl.static_range((K + TK - 1) // TK):
+            columns = tile_columns(i, K, TK)
+            g = load_tile(log_decay + tokens, step * H, columns, present, K)
+            total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
+            grow = tl.exp2(total)
+            shrink = tl.exp2(-total)
+            ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
+            before = tl.exp2(total - g * LOG2E)
+            a_hat = (load_tile(a + tokens_a, step * H_A, columns, present, K) * before).to(DOT)
+            r_hat = (load_tile(r + tokens, step * H, columns, present, K) * grow).to(DOT)
+            b_hat = load_tile(b + tokens, step * H, columns, present, K) * shrink
+            k_hat = load_tile(k + tokens, step * H, columns, present, K) * shrink
+            out = place * (C * K) + (step[:, None] * K + columns[None, :])
+            tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
+            tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
+            tl.store(decay_out + place * K + columns, ending)
+            b_right = tl.trans(b_hat.to(DOT))
+            k_right = tl.trans(k_hat.to(DOT))
+            p_ab = tl.dot(a_hat, b_right, p_ab, input_precision=PRECISION)
+            p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
+            p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
+            p_rk = tl.dot(r_hat, k_right, p_rk, input_precision=PRECISION)
+            a_tiles = a_tiles + (a_hat,)
+            r_tiles = r_tiles + (r_hat,)
 
-    p_ab = tl.zeros([C, C], tl.float32)
-    p_ak = tl.zeros([C, C], tl.float32)
-    p_rb = tl.zeros([C, C], tl.float32)
-    p_rk = tl.zeros([C, C], tl.float32)
-    a_tiles = ()
-    r_tiles = ()
-    for i in tl.static_range((K + TK - 1) // TK):
-        columns = tile_columns(i, K, TK)
-        g = load_tile(log_decay, rows, columns, present, K) * LOG2E
-        total = running_sum(lower, g, DOT, PRECISION)
-        grow = tl.exp2(total)
-        shrink = tl.exp2(-total)
-        ending = tl.exp2(tl.sum(g, axis=0))
-        a_hat = (load_tile(a, rows_a, columns, present, K) * tl.exp2(total - g)).to(DOT)
-        r_hat = (load_tile(r, rows, columns, present, K) * grow).to(DOT)
-        b_hat = load_tile(b, rows, columns, present, K) * shrink
-        k_hat = load_tile(k, rows, columns, present, K) * shrink
-        out = step[:, None] * K + columns[None, :]
-        tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
-        tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
-        tl.store(decay_out + columns, ending)
-        b_right = tl.trans(b_hat.to(DOT))
-        k_right = tl.trans(k_hat.to(DOT))
-        p_ab = tl.dot(a_hat, b_right, p_ab, input_precision=PRECISION)
-        p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
-        p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
-        p_rk = tl.dot(r_hat, k_right, p_rk, input_precision=PRECISION)
-        a_tiles = a_tiles + (a_hat,)
-        r_tiles = r_tiles + (r_hat,)
-
-    solve = unit_lower_inverse(tl.where(strictly_lower, p_ab, 0.0), C, SOLVE).to(DOT)
-    p_rb_low = tl.where(lower, p_rb, 0.0).to(DOT)
-    q = tl.dot(solve, tl.where(strictly_lower, p_ak, 0.0).to(DOT), input_precision=PRECISION).to(DOT)
-    f = tl.dot(p_rb_low, q, tl.where(lower, p_rk, 0.0), input_precision=PRECISION)
-    square = step[:, None] * C + step[None, :]
-    tl.store(q_out + square, q)
-    tl.store(f_out + square, f.to(DOT))
-    if BACKWARD:
-        tl.store(m_out + square, solve)
-        tl.store(p_out + square, p_rb_low)
-    for i in tl.static_range((K + TK - 1) // TK):
-        out = step[:, None] * K + tile_columns(i, K, TK)[None, :]
-        w = tl.dot(solve, a_tiles[i], input_precision=PRECISION).to(DOT)
-        e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
-        tl.store(w_out + out, w)
-        tl.store(e_out + out, e.to(DOT))
+        solve = unit_lower_inverse(tl.where(strictly_lower, p_ab, 0.0), C, SOLVE).to(DOT)
+        p_rb_low = tl.where(lower, p_rb, 0.0).to(DOT)
+        q = tl.dot(solve, tl.where(strictly_lower, p_ak, 0.0).to(DOT), input_precision=PRECISION).to(DOT)
+        f = tl.dot(p_rb_low, q, tl.where(lower, p_rk, 0.0), input_precision=PRECISION)
+        square = place * (C * C) + (step[:, None] * C + step[None, :])
+        tl.store(q_out + square, q)
+        tl.store(f_out + square, f.to(DOT))
+        if BACKWARD:
+            tl.store(m_out + square, solve)
+            tl.store(p_out + square, p_rb_low)
+        for i in tl.static_range((K + TK - 1) // TK):
+            out = place * (C * K) + (step[:, None] * K + tile_columns(i, K, TK)[None, :])
+            w = tl.dot(solve, a_tiles[i], input_precision=PRECISION).to(DOT)
+            e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
+            tl.store(w_out + out, w)
+            tl.store(e_out + out, e.to(DOT))
 
 
 @triton.jit

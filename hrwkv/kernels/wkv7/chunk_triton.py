@@ -5,8 +5,8 @@ two, the inputs, the state before each chunk and U are kept, in the dtype of the
 ``gradients`` run one program per chunk and head; ``walk`` one per sequence, head and block of values, and does so
 little a chunk that long single sequences are fast as well.
 
-Half precision: bf16 inputs are multiplied in bf16 and summed in fp32; fp32 inputs in three tf32 products, which
-keep fp32's accuracy; fp16 inputs in tf32, because the scaled keys leave fp16's range. Left out: key sizes other
+bf16 inputs are multiplied in bf16 and summed in fp32; all others in three tf32 products, which keep fp32's
+accuracy: fp16 does not hold the scaled keys. Left out: key sizes other
 than 32, 64, 96, 128 (``hrwkv.kernels.wkv7`` sends those to ``chunk_torch``), derivatives of the gradients.
 """
 
@@ -70,8 +70,10 @@ def wkv7(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over packed sequences; the contract is ``hrwkv.kernels.wkv7.wkv7``'s."""
-    inputs = [x.contiguous() for x in (r, log_decay, k, v, a, b)]
-    return _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
+    dtype = torch.bfloat16 if {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16} else torch.float32
+    inputs = [x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)]
+    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
+    return o.to(v.dtype), final
 
 
 class _ChunkedWkv7(torch.autograd.Function):
@@ -106,7 +108,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         dv, dinitial, dstates, dy = _walk(parts, do, plan, dfinal, reverse=True, keep=True)
         dr, dlog_decay, dk, db = (torch.empty_like(x) for x in (r, log_decay, k, b))
         da = torch.empty_like(r)
-        columns = 32 if r.shape[2] == 96 else min(64, r.shape[2])
+        columns = 32
         if plan.num_chunks:
             gradients[(r.shape[2] // columns, heads, plan.num_chunks)](
                 *inputs,
@@ -125,9 +127,10 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_A=a.shape[1],
                 H_V=v.shape[1],
                 V=v.shape[2],
-                TV=min(64, v.shape[2]),
+                TV=32,
+                STAGES=2,
                 **(_config(r) | {"TK": columns}),
-                num_warps=2,
+                num_warps=4,
             )
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
@@ -143,13 +146,12 @@ def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
 def _config(r: Tensor) -> dict[str, Any]:
     """The constants that all kernels share."""
     half = r.dtype == torch.bfloat16
-    precision = "tf32" if r.dtype == torch.float16 else "tf32x3"
     return {
         "K": r.shape[2],
         "C": CHUNK,
         "TK": min(64, r.shape[2]),
         "DOT": tl.bfloat16 if half else tl.float32,
-        "PRECISION": "tf32" if half else precision,
+        "PRECISION": "tf32" if half else "tf32x3",
     }
 
 
@@ -157,14 +159,13 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     """W, E, B', K' [NT, H, C, K], Q, F and where ``backward`` M, P_rb [NT, H, C, C], decays [NT, H, K]."""
     r, log_decay, k, _, a, b = inputs
     heads, size = r.shape[1:]
-    dtype = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    parts = {name: r.new_empty(wide, dtype=dtype) for name in ("w", "e", "b", "k")}
-    parts |= {name: r.new_empty(square, dtype=dtype) for name in ("q", "f")}
-    parts |= {name: r.new_empty(square if backward else 0, dtype=dtype) for name in ("m", "p")}
+    parts = {name: r.new_empty(wide) for name in ("w", "e", "b", "k")}
+    parts |= {name: r.new_empty(square) for name in ("q", "f")}
+    parts |= {name: r.new_empty(square if backward else 0) for name in ("m", "p")}
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
     if plan.num_chunks:
-        prepare[(heads, plan.num_chunks)](
+        prepare[(heads, -(-plan.num_chunks // 8))](
             r,
             log_decay,
             k,
@@ -172,12 +173,15 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             b,
             plan.chunks,
             *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
             **_config(r),
-            SOLVE="tf32" if r.dtype in (torch.bfloat16, torch.float16) else "tf32x3",
+            PER=8,
+            SOLVE="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=backward,
-            num_warps=4,
+            STAGES=2,
+            num_warps=2,
         )
     return parts
 
