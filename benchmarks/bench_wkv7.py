@@ -3,13 +3,12 @@
     python benchmarks/bench_wkv7.py --peers DIR_OF_fla DIR_OF_einops   # about 150 s, most of it compiling fla
     python benchmarks/bench_wkv7.py --quick --skip-errors              # about 20 s where fla is not found
 
-Inputs are bf16; log_decay is fp32 for ours and bf16 for fla, as in its own layer, with values that fit in
-bf16, so that both compute the same function. First errors against the definition in fp64, then times, for
-head sizes whose errors are within BOUNDS: medians of triton.testing.do_bench, each run with a cold cache.
+Inputs are bf16 for every form, log_decay too, so that all compute the same function of the same bytes. First
+errors against the definition in fp64, then times, for head sizes whose errors are within BOUNDS: medians of
+triton.testing.do_bench, each run with a cold cache.
 
 - floor: bytes / copy rate, with 7 tensors of B*T*H*K * 2 bytes forward (6 in, 1 out) and 20 forward and
-  backward (6 and do in, 6 out). The copy rate is measured here and counts reads and writes. Ours moves 8 and
-  22, as its log_decay is fp32.
+  backward (6 and do in, 6 out). The copy rate is measured here and counts reads and writes.
 - TFLOP/s: the chunked form's B*T*H * (8*C*(K+V) + 8*K*V) operations at C = 32 forward, three times that with
   the backward, whatever a kernel really does: a unit to compare with, not a utilisation.
 - first: seconds of the first forward and backward, with compiling and autotuning.
@@ -90,13 +89,9 @@ def make_inputs(cases: Sequence[str], *, tokens: int, heads: int, key_size: int,
     return [torch.stack(column).bfloat16() for column in zip(*rows, strict=True)]
 
 
-def leaves(inputs: Sequence[Tensor], name: str, dtype: torch.dtype) -> list[Tensor]:
-    """Copies that gradients stop at, in the dtypes that a form is used with."""
-    dtypes = [dtype] * len(inputs)
-    dtypes[1] = dtype if name in VARIANTS else torch.promote_types(dtype, torch.float32)
-    return [
-        x.detach().to(wanted, copy=True).requires_grad_() for x, wanted in zip(inputs, dtypes, strict=True)
-    ]
+def leaves(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies that gradients stop at, in one dtype."""
+    return [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
 
 
 def all_tensors(
@@ -122,12 +117,12 @@ def errors(
     state = torch.randn(len(CASES), heads, key_size, key_size, device=device)
     grads = torch.randn_like(inputs[3].float()), torch.randn_like(state)
     double = torch.float64
-    expected = all_tensors(exact, leaves(inputs, "exact", double), state.double().requires_grad_(), grads)
+    expected = all_tensors(exact, leaves(inputs, double), state.double().requires_grad_(), grads)
     for name in names:
         row: dict[str, Any] = {"form": name, "dtype": str(dtype).removeprefix("torch."), **sizes}
         try:
             form = form_of(name, batch=len(CASES), tokens=tokens, device=device)
-            got = all_tensors(form, leaves(inputs, name, dtype), state.clone().requires_grad_(), grads)
+            got = all_tensors(form, leaves(inputs, dtype), state.clone().requires_grad_(), grads)
         # A peer may fail in any way; it is told and the others go on.
         except Exception as error:
             yield row | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -154,7 +149,7 @@ def repeats(*, key_size: int, device: str, runs: int = 20) -> bool:
     first: list[Tensor] = []
     for _ in range(runs):
         got = all_tensors(
-            form, leaves(inputs, OURS, torch.bfloat16), torch.zeros_like(grads[1]).requires_grad_(), grads
+            form, leaves(inputs, torch.bfloat16), torch.zeros_like(grads[1]).requires_grad_(), grads
         )
         first = first or got
         if not all(torch.equal(x, y) for x, y in zip(got, first, strict=True)):
@@ -195,7 +190,6 @@ def time_form(name: str, shape: tuple[int, int, int, int], *, rate: float) -> di
     try:
         inputs = leaves(
             make_inputs(CASES[:1] * batch, tokens=tokens, heads=heads, key_size=key_size, device="cuda"),
-            name,
             torch.bfloat16,
         )
         form = form_of(name, batch=batch, tokens=tokens, device="cuda")

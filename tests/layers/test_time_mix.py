@@ -23,8 +23,8 @@ GPU_LENGTHS = (70, 1, 0, 19)  # several chunks of 32, less than one, none
 TOLERANCE = 5e-6
 # On a GPU products of fp32 are three of tf32, and exp2 and rsqrt are a few last places off; sums as above.
 GPU_TOLERANCE = 5e-5
-# In bf16 a GPU rounds what the CPU rounds (rows, what ``mix`` gives, o, y), and the operands of the chunks' four
-# products besides; all of it together is not far from the first part alone, which differs from case to case.
+# In bf16 a GPU rounds what the CPU rounds (rows, what ``mix`` gives, o, y) and the operands of the chunks'
+# products besides. In parts of the CPU's own error, because that is 0.5 to 8 % from tensor to tensor.
 BF16_RATIO = 3.0
 CASES: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 2},
@@ -296,7 +296,8 @@ def outputs_and_grads(
     mixers: Sequence[TimeMix], x: Tensor, *, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
     """Both y, and the gradients of a fixed sum of them in x and every parameter that is read, by name."""
-    mixers, x = [deepcopy(mixer).to(device, dtype) for mixer in mixers], x.to(device, dtype).requires_grad_()
+    mixers = [deepcopy(mixer).to(device, dtype) for mixer in mixers]
+    x = x.to(device, dtype, copy=True).requires_grad_()
     ys = stack(mixers, x, TokenBatch.from_lengths(GPU_LENGTHS, device=device))
     generator = torch.Generator().manual_seed(6)
     torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator).to(y) for y in ys])
@@ -309,17 +310,13 @@ def outputs_and_grads(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("variant", "changes"),
-    [
-        *((variant, {"head_dim": 32, "qk_norm_eps": EPS}) for variant in VARIANTS),
-        ("hxa079", {"head_dim": 96, "num_kv_heads": 3}),
-    ],
-    ids=[*VARIANTS, "hxa079-K=96"],
+    ("variant", "size", "eps"),
+    [(variant, 32, EPS) for variant in VARIANTS] + [("hxa079", 96, EPS), ("hxa079", 32, None)],
 )
 def test_outputs_and_gradients_on_a_gpu_are_those_of_fp64(
-    variant: str, changes: dict[str, Any], dtype: torch.dtype
+    variant: str, size: int, eps: float | None, dtype: torch.dtype
 ) -> None:
-    mixers = [mixer.to(dtype) for mixer in build(variant, **changes)]
+    mixers = [mixer.to(dtype) for mixer in build(variant, head_dim=size, qk_norm_eps=eps)]
     x = inputs(sum(GPU_LENGTHS)).to(dtype)
     exact = outputs_and_grads(mixers, x, dtype=torch.float64, device="cpu")
     on_cpu = outputs_and_grads(mixers, x, dtype=dtype, device="cpu")

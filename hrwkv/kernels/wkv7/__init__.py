@@ -117,7 +117,7 @@ def wkv7_decode(
 
         return decode.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots)
     v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
-    return naive.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots)
+    return naive.wkv7_decode(r, log_decay, k, v, a, b, state=state, state_slots=state_slots.long())
 
 
 @torch.no_grad()

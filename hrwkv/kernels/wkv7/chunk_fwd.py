@@ -27,18 +27,6 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tile_columns(i: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns of tile i of a row of ``SIZE``: ``WIDTH`` of them, in the first tile half as many if SIZE is odd."""
-    if SIZE % WIDTH == 0:
-        columns = i * WIDTH + tl.arange(0, WIDTH)
-    elif i == 0:
-        columns = tl.arange(0, WIDTH // 2)
-    else:
-        columns = i * WIDTH - WIDTH // 2 + tl.arange(0, WIDTH)
-    return columns
-
-
-@triton.jit
 def load_tile(x, rows, columns, mask, WIDTH: tl.constexpr):
     """Rows ``[C]`` (offsets in rows of ``WIDTH``), columns ``[k]`` -> fp32 ``[C, k]``, zeros where masked."""
     return tl.load(x + rows[:, None] * WIDTH + columns[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
@@ -136,8 +124,8 @@ def prepare(
         p_rk = tl.zeros([C, C], tl.float32)
         a_tiles = ()
         r_tiles = ()
-        for i in tl.static_range((K + TK - 1) // TK):
-            columns = tile_columns(i, K, TK)
+        for i in tl.static_range(K // TK):
+            columns = i * TK + tl.arange(0, TK)
             g = load_tile(log_decay + tokens, step * H, columns, present, K)
             total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
             grow = tl.exp2(total)
@@ -171,8 +159,8 @@ def prepare(
         if BACKWARD:
             tl.store(m_out + square, solve)
             tl.store(p_out + square, p_rb_low)
-        for i in tl.static_range((K + TK - 1) // TK):
-            out = place * (C * K) + (step[:, None] * K + tile_columns(i, K, TK)[None, :])
+        for i in tl.static_range(K // TK):
+            out = place * (C * K) + (step[:, None] * K + (i * TK + tl.arange(0, TK))[None, :])
             w = tl.dot(solve, a_tiles[i], input_precision=PRECISION).to(DOT)
             e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
             tl.store(w_out + out, w)

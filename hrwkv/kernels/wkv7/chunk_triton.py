@@ -10,7 +10,7 @@ accuracy: fp16 does not hold the scaled keys. Left out: key sizes other
 than 32, 64, 96, 128 (``hrwkv.kernels.wkv7`` sends those to ``chunk_torch``), derivatives of the gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,11 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrwkv.kernels.tuning import Config, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 
 CHUNK = 32
-SIZES = (32, 64, 96, 128)
+# What tuning may choose from, the first where nothing is known. 160 registers let a third program run on an
+# NVIDIA multiprocessor, which is worth a few spills.
+PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
+WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
+GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over packed sequences; the contract is ``hrwkv.kernels.wkv7.wkv7``'s."""
     dtype = torch.bfloat16 if {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16} else torch.float32
-    inputs = [x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)]
+    inputs = [
+        x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
+    ]
     o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
     return o.to(v.dtype), final
 
@@ -108,9 +115,9 @@ class _ChunkedWkv7(torch.autograd.Function):
         dv, dinitial, dstates, dy = _walk(parts, do, plan, dfinal, reverse=True, keep=True)
         dr, dlog_decay, dk, db = (torch.empty_like(x) for x in (r, log_decay, k, b))
         da = torch.empty_like(r)
-        columns = 32
-        if plan.num_chunks:
-            gradients[(r.shape[2] // columns, heads, plan.num_chunks)](
+
+        def run(config: Config) -> None:
+            gradients[(r.shape[2] // config["TK"], heads, plan.num_chunks)](
                 *inputs,
                 do,
                 u,
@@ -129,9 +136,12 @@ class _ChunkedWkv7(torch.autograd.Function):
                 V=v.shape[2],
                 TV=32,
                 STAGES=2,
-                **(_config(r) | {"TK": columns}),
-                num_warps=4,
+                **_constants(r),
+                **config,
             )
+
+        if plan.num_chunks:
+            _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2])
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
 
@@ -143,16 +153,23 @@ def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
     return grad.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
-def _config(r: Tensor) -> dict[str, Any]:
-    """The constants that all kernels share."""
-    half = r.dtype == torch.bfloat16
+def _constants(x: Tensor) -> dict[str, Any]:
+    """What all kernels are specialised by, beside their launch parameters."""
+    half = x.dtype == torch.bfloat16
     return {
-        "K": r.shape[2],
+        "K": x.shape[2],
         "C": CHUNK,
-        "TK": min(64, r.shape[2]),
         "DOT": tl.bfloat16 if half else tl.float32,
         "PRECISION": "tf32" if half else "tf32x3",
     }
+
+
+def _tuned(
+    name: str, x: Tensor, candidates: list[Config], run: Callable[[Config], None], *, size: int
+) -> None:
+    """Run with the launch parameters that are best for this key size and dtype."""
+    fitting = [config for config in candidates if size % config["TK"] == 0]
+    run(choose(name, (str(x.dtype), size), fitting, run, device=x.device))
 
 
 def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
@@ -164,7 +181,8 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     parts |= {name: r.new_empty(square) for name in ("q", "f")}
     parts |= {name: r.new_empty(square if backward else 0) for name in ("m", "p")}
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
-    if plan.num_chunks:
+
+    def run(config: Config) -> None:
         prepare[(heads, -(-plan.num_chunks // 8))](
             r,
             log_decay,
@@ -176,13 +194,16 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
-            **_config(r),
             PER=8,
+            STAGES=2,
             SOLVE="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=backward,
-            STAGES=2,
-            num_warps=2,
+            **_constants(r),
+            **config,
         )
+
+    if plan.num_chunks:
+        _tuned("wkv7 prepare", r, PREPARE, run, size=size)
     return parts
 
 
@@ -195,8 +216,9 @@ def _walk(
     final = x.new_empty(len(plan.lengths), heads, size, value_size, dtype=torch.float32)
     kept = parts["w"].new_empty((plan.num_chunks, heads, value_size, size) if keep else 0)
     inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
-    if plan.lengths:
-        walk[(value_size // 32, heads, len(plan.lengths))](
+
+    def run(config: Config) -> None:
+        walk[(value_size // config["BV"], heads, len(plan.lengths))](
             *(parts[name] for name in ("bwke" if reverse else "wbek")),
             *(parts[name] for name in ("decay", "q", "f", "m", "p")),
             x,
@@ -210,12 +232,13 @@ def _walk(
             H=heads,
             H_X=x.shape[1],
             V=value_size,
-            BV=32,
-            **(_config(x) | {"K": size, "TK": 32 if size == 96 else min(64, size)}),
             REVERSE=reverse,
             KEEP=keep,
             HAS_INITIAL=initial is not None,
-            STAGES=2,
-            num_warps=2,
+            **(_constants(x) | {"K": size}),
+            **config,
         )
+
+    if plan.lengths:
+        _tuned("wkv7 walk", x, WALK, run, size=size)
     return y, final, kept, inner
