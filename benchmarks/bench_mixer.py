@@ -36,9 +36,9 @@ from hrwkv.kernels.mix import finish, mix
 from hrwkv.kernels.mix import naive as torch_mix
 from hrwkv.kernels.wkv7 import chunk_torch
 
-# Norm of the error by norm of the exact tensor. bf16 rounds by 2e-3 again and again: what the recurrence takes,
-# the operands of its chunks, o, and each gradient on its way.
-BOUND = 3e-2
+# Norm of the error by norm of the exact tensor. bf16 rounds by 2e-3 again and again: what the recurrence
+# takes, the operands of its chunks, o, and each gradient on its way.
+BOUND = 2e-2
 COLUMNS = ("case", "pass", "form", "ms", "ratio", "floor_ms", "of floor", "peak_gib")
 Row = dict[str, object]
 
@@ -247,13 +247,17 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     forms = ["kernels"] if options.skip_torch else list(FORMS)
     rows, failures = [], []
-    for case in cases:
+
+    def show(case: Case) -> None:
         timed = decode_rows if case.tokens == 1 else train_rows
         for row in complete(timed(case, forms, rate=rate, device=device, failures=failures), case):
             rows.append(row)
             cells = (row.get(column, "") for column in COLUMNS)
             texts = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
             print("| " + " | ".join(texts) + " |", flush=True)
+
+    for case in cases:
+        attempt(str(case), functools.partial(show, case), failures)
     for failure in failures:
         print("failed:", failure)
     facts |= {"seconds": round(time.perf_counter() - start, 1), "failures": failures}

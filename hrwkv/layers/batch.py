@@ -21,7 +21,7 @@ class TokenBatch:
     positions: [T] int64, the position of each token in its sequence, earlier cached tokens counted.
     cu_seqlens: [N+1] int32, where each sequence's tokens start and end in the packed axis.
     lengths: N ints >= 0, the host's copy of ``cu_seqlens.diff()``, so that no kernel waits for a device.
-    state_slots: [N] int64, each sequence's slot in the state pool.
+    state_slots: [N] int64, each sequence's slot in the state pool, all different.
     block_tables: [N, M] int64, each sequence's KV blocks in order.
     slot_mapping: [T] int64, ``block * block_size + offset`` where each token's key and value are stored.
     context_lens: [N] int64, tokens of each sequence in the KV cache, these included.
@@ -52,5 +52,5 @@ class TokenBatch:
 
     @property
     def is_decode(self) -> bool:
-        """True when every sequence brings exactly one token."""
+        """True when every sequence brings exactly one token, so that a mixer may take its one-launch step."""
         return all(length == 1 for length in self.lengths)

@@ -1,8 +1,8 @@
 """The RWKV-7 recurrence over packed sequences: arguments are checked here, then a form is chosen.
 
 ``naive`` is the definition, ``chunk_torch`` the same function in matrix products for every device,
-``chunk_triton`` and ``decode`` its GPU forms. The choice depends on the device, dtypes and sizes only, never on the
-environment, so a run can be repeated.
+``chunk_triton`` and ``decode`` its GPU forms. The choice depends on the device, dtypes and sizes only, never
+on the environment, so a run can be repeated.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def wkv7(
         log_decay: ``[T, H, K]`` logarithm of the decay, in (-exp(-0.5), 0) for hxa079. The chunked form
             scales by exp(-sum of log_decay) inside a chunk: values under about -2.5 overflow fp32 there.
         k: ``[T, H, K]`` key.
-        v: ``[T, H_v, V]`` value; head h reads ``h // (H / H_v)``, so values that heads share are not repeated.
+        v: ``[T, H_v, V]`` value; head h reads ``h // (H / H_v)``, so shared values are not repeated.
         a: ``[T, H_a, K]`` minus the normalised key, shared alike; reads the state before the decay.
         b: ``[T, H, K]`` normalised key times the in-context learning rate.
         cu_seqlens: ``[N + 1]`` int32 or int64, where each sequence starts and the last one ends.
@@ -68,14 +68,16 @@ def wkv7(
     if initial_state is not None:
         expected = (num_sequences, *k.shape[1:], v.shape[-1])
         _check_state("initial_state", initial_state, shape=expected, like=v)
-    form = chunk_torch.wkv7
     if _fits_triton(r, v):
         from hrwkv.kernels.wkv7 import chunk_triton  # Triton is looked for only where a tensor is on a GPU
 
-        form = chunk_triton.wkv7
-    else:
-        v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
-    return form(r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
+        return chunk_triton.wkv7(
+            r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
+        )
+    v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
+    return chunk_torch.wkv7(
+        r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
+    )
 
 
 @torch.no_grad()

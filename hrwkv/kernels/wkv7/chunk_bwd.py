@@ -1,8 +1,9 @@
 """Triton kernel of the chunked recurrence's gradients: all chunks at once, hxa079.md (22).
 
-By then ``walk`` has been through the chunks in both directions, so each chunk knows the state S before it, the
-gradient dS of the state after it, U and dY, and dV is done. Vectors that play the same part are stacked, [A; R], [B; K^], [dY; dO]
-and [U; Vm], 2C rows each: five products instead of twenty, tall enough for every matrix unit.
+By then ``walk`` has been through the chunks in both directions, so each chunk knows the state S before it,
+the gradient dS of the state after it, U and dY, and dV is done. Vectors that play the same part are stacked,
+[A; R], [B; K^], [dY; dO] and [U; Vm], 2C rows each: five products instead of twenty, tall enough for every
+matrix unit.
 
 dlog_decay is a difference of large sums that nearly cancel. They do so exactly here, because the products
 r dr, k dk, .. are taken of the same rounded vectors as the matrix products.
@@ -16,7 +17,7 @@ from hrwkv.kernels.wkv7.chunk_fwd import LOG2E, load_tile, rounded, running_sum
 
 @triton.jit
 def stacked(upper, lower, row_upper, row_lower, columns, first, mask):
-    """Load [2C, k]: the rows of ``upper`` where ``first`` [2C], below them those of ``lower``; row offsets in elements."""
+    """Load [2C, k]: rows of ``upper`` where ``first``, those of ``lower`` below; row offsets in elements."""
     rows = tl.where(first, upper + row_upper, lower + row_lower)
     return tl.load(rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
@@ -54,7 +55,8 @@ def gradients(
 ):
     """One program per (block of TK keys, head, chunk).
 
-    ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V]; outputs [T, H, K]; all but log_decay in ``DOT``.
+    ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V]; outputs [T, H, K]; all but
+    log_decay in ``DOT``.
     """
     first_column = tl.program_id(0) * TK
     head = tl.program_id(1)
@@ -85,8 +87,8 @@ def gradients(
     states += (chunk * H + head) * (V * K) + first_column
     dstates += (chunk * H + head) * (V * K) + first_column
 
-    # All that the value axis carries: [dP_ab, dP_ak; dP_rb, dP_rk] = tril([dY; dO] [U; Vm]^T) of (22e), and the
-    # state's share of (22f).
+    # What the value axis carries: [dP_ab, dP_ak; dP_rb, dP_rk] = tril([dY; dO] [U; Vm]^T) of (22e), and the
+    # states' share of (22f).
     columns = tl.arange(0, TK)
     dp = tl.zeros([2 * C, 2 * C], tl.float32)
     dar = tl.zeros([2 * C, TK], tl.float32)

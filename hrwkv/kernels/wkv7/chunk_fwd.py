@@ -12,12 +12,12 @@ so that ``walk`` has two dependent products a chunk in either direction (all nam
     forward   U = W S + Q V     S <- exp(G_C) S + B'^T U + K'^T V       O = E S + F V
     backward  Z = B' dS         dS <- exp(G_C) dS + W^T Z + E^T dO      dV = K' dS + F^T dO + Q^T Z
 
-``walk`` holds the state transposed, ``[V, K]``: then S^T and U^T are the left operands of the next product and
-go from one to the other in registers, and every warp owns its rows of V without meeting another.
+``walk`` holds the state transposed, [V, K]: then S^T and U^T are the left operands of the next product and go
+from one to the other in registers, and every warp owns its rows of V without meeting another.
 
-Range: exp(-G) is at most e^(0.6065 C), 2.7e8 for C = 32, so half precision here is bf16 and fp16 inputs are
-computed in tf32. The inverse is made by blocks (merge two inverted blocks into one of twice the size), never by the
-doubling product, which repeated keys make useless (docs/log.md).
+Range: exp(-G) is at most e^(0.6065 C), 2.7e8 for C = 32, so half precision here is bf16, and a mean log_decay
+below -2.7 a token overflows. The inverse is made by blocks (two inverted blocks become one of twice the
+size), never by the doubling product, which repeated keys make useless (docs/log.md).
 """
 
 import triton
@@ -28,7 +28,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_tile(x, rows, columns, mask, WIDTH: tl.constexpr):
-    """Rows ``[C]`` (offsets in rows of ``WIDTH``), columns ``[k]`` -> fp32 ``[C, k]``, zeros where masked."""
+    """Rows [C] (in rows of ``WIDTH``), columns [k] -> fp32 [C, k], zeros where masked."""
     return tl.load(x + rows[:, None] * WIDTH + columns[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
 
 
@@ -38,21 +38,30 @@ def rounded(x, DOT: tl.constexpr):
 
     By bits, because a cast that is also widened again takes the slowest unit of an NVIDIA chip.
     """
-    if DOT == tl.bfloat16:
+    if DOT == tl.bfloat16:  # noqa: SIM300 (DOT is no constant)
         x = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
     return x
 
 
 @triton.jit
 def running_sum(keep, x, DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr = False):
-    """``keep @ x`` for a 0/1 matrix and fp32 ``x``, as a sum of two bf16 where products are, unless one is ``EXACT``."""
-    if DOT == tl.bfloat16 and not EXACT:
+    """``keep @ x`` for a 0/1 matrix and fp32 ``x``, split into two bf16 where one is not ``EXACT``."""
+    if DOT == tl.bfloat16 and not EXACT:  # noqa: SIM300
         high = rounded(x, DOT)
         total = tl.dot(keep.to(DOT), high.to(DOT))
         total = tl.dot(keep.to(DOT), (x - high).to(DOT), total)
     else:
         total = tl.dot(keep.to(DOT), x.to(DOT), input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def exact_left(high, low, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``(high + low) @ right``, where the left side is too exact for one ``DOT``."""
+    product = tl.dot(high, right, input_precision=PRECISION)
+    if DOT == tl.bfloat16:  # noqa: SIM300
+        product = tl.dot(low, right, product)
+    return product
 
 
 @triton.jit
@@ -103,8 +112,8 @@ def prepare(
 ):
     """One program per (head, PER chunks): the next chunk's inputs are on their way while one is worked on.
 
-    ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in ``DOT``,
-    ``decay_out [NT, H, K]`` fp32; ``m_out`` and ``p_out`` (M and P_rb) are written where ``BACKWARD``.
+    ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in
+    ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out``, ``p_out`` (M and P_rb) are written where ``BACKWARD``.
     """
     head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * PER
@@ -122,6 +131,7 @@ def prepare(
         p_ak = tl.zeros([C, C], tl.float32)
         p_rb = tl.zeros([C, C], tl.float32)
         p_rk = tl.zeros([C, C], tl.float32)
+        same = tl.zeros([C], tl.float32)
         a_tiles = ()
         r_tiles = ()
         for i in tl.static_range(K // TK):
@@ -133,9 +143,12 @@ def prepare(
             ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
             before = tl.exp2(total - g * LOG2E)
             a_hat = (load_tile(a + tokens_a, step * H_A, columns, present, K) * before).to(DOT)
-            r_hat = (load_tile(r + tokens, step * H, columns, present, K) * grow).to(DOT)
+            r_tile = load_tile(r + tokens, step * H, columns, present, K)
+            k_tile = load_tile(k + tokens, step * H, columns, present, K)
+            same += tl.sum(r_tile * k_tile, axis=1)
+            r_hat = (r_tile * grow).to(DOT)
             b_hat = load_tile(b + tokens, step * H, columns, present, K) * shrink
-            k_hat = load_tile(k + tokens, step * H, columns, present, K) * shrink
+            k_hat = k_tile * shrink
             out = place * (C * K) + (step[:, None] * K + columns[None, :])
             tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
             tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
@@ -149,10 +162,17 @@ def prepare(
             a_tiles = a_tiles + (a_hat,)
             r_tiles = r_tiles + (r_hat,)
 
-        solve = unit_lower_inverse(tl.where(strictly_lower, p_ab, 0.0), C, SOLVE).to(DOT)
+        # Repeated keys need more of M than bf16 holds, and a token's own share r k, where the decay is no
+        # factor, is most of its output where the decay is fast.
+        exact_solve = unit_lower_inverse(tl.where(strictly_lower, p_ab, 0.0), C, SOLVE)
+        high = rounded(exact_solve, DOT)
+        solve = high.to(DOT)
+        rest = (exact_solve - high).to(DOT)
+        p_rk = tl.where(strictly_lower, p_rk, tl.where(lower, same[:, None], 0.0))
         p_rb_low = tl.where(lower, p_rb, 0.0).to(DOT)
-        q = tl.dot(solve, tl.where(strictly_lower, p_ak, 0.0).to(DOT), input_precision=PRECISION).to(DOT)
-        f = tl.dot(p_rb_low, q, tl.where(lower, p_rk, 0.0), input_precision=PRECISION)
+        p_ak_low = tl.where(strictly_lower, p_ak, 0.0).to(DOT)
+        q = exact_left(solve, rest, p_ak_low, DOT, PRECISION).to(DOT)
+        f = tl.dot(p_rb_low, q, p_rk, input_precision=PRECISION)
         square = place * (C * C) + (step[:, None] * C + step[None, :])
         tl.store(q_out + square, q)
         tl.store(f_out + square, f.to(DOT))
@@ -161,7 +181,7 @@ def prepare(
             tl.store(p_out + square, p_rb_low)
         for i in tl.static_range(K // TK):
             out = place * (C * K) + (step[:, None] * K + (i * TK + tl.arange(0, TK))[None, :])
-            w = tl.dot(solve, a_tiles[i], input_precision=PRECISION).to(DOT)
+            w = exact_left(solve, rest, a_tiles[i], DOT, PRECISION).to(DOT)
             e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
             tl.store(w_out + out, w)
             tl.store(e_out + out, e.to(DOT))
@@ -204,7 +224,8 @@ def walk(
 
     ``x`` is V or dO, ``y [T, H, V]`` O or dV; (read, write, mix, feed) are (W, B', E, K'), backwards
     (B', W, K', E). ``initial`` and ``final`` [N, H, K, V] fp32. ``KEEP`` writes what ``gradients`` needs: the
-    state before each chunk (in walking order) to ``states [NT, H, V, K]``, and U or dY to ``inner [NT, H, C, V]``.
+    state before each chunk (in walking order) to ``states`` [NT, H, V, K], U or dY to ``inner`` [NT, H, C,
+    V].
     """
     value = tl.program_id(0) * BV + tl.arange(0, BV)
     head = tl.program_id(1)

@@ -1,13 +1,14 @@
 """The chunked recurrence in Triton: three kernels in two directions, tied into autograd.
 
-forward = ``prepare`` + ``walk``; backward = ``prepare`` once more, ``walk`` backwards, ``gradients``. Between the
-two, the inputs, the state before each chunk and U are kept, in the dtype of the matrix products. ``prepare`` and
-``gradients`` run one program per chunk and head; ``walk`` one per sequence, head and block of values, and does so
-little a chunk that long single sequences are fast as well.
+forward = ``prepare`` + ``walk``; backward = ``prepare`` once more, ``walk`` backwards, ``gradients``.
+Between the two, the inputs, the state before each chunk and U are kept, in the dtype of the products.
+``prepare`` and ``gradients`` run over all chunks and heads at once; ``walk`` has one program a sequence,
+head and block of values, and does so little a chunk that long single sequences are fast as well: there is no
+second form for them.
 
 bf16 inputs are multiplied in bf16 and summed in fp32; all others in three tf32 products, which keep fp32's
-accuracy: fp16 does not hold the scaled keys. Left out: key sizes other
-than 32, 64, 96, 128 (``hrwkv.kernels.wkv7`` sends those to ``chunk_torch``), derivatives of the gradients.
+accuracy: fp16 does not hold the scaled keys. Left out: key sizes other than 32, 64, 96, 128
+(``hrwkv.kernels.wkv7`` sends those to ``chunk_torch``), derivatives of the gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the chunks lie: ``chunks [NT, 2]`` (first token, number of tokens), ``cu_chunks [N + 1]``, int32."""
+    """Where the chunks lie: ``chunks`` [NT, 2] (first token, number of tokens), ``cu_chunks`` [N + 1],
+    int32."""
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor

@@ -9,9 +9,10 @@ from tests.kernels.wkv7.cases import LOWEST_LOG_DECAY, assert_near, bounds, make
 
 chunk_triton = pytest.importorskip("hrwkv.kernels.wkv7.chunk_triton", reason="Triton is not installed")
 
-# fp32 inputs: the worst error measured against fp64 is 6.6e-7 in the interpreter (dlog_decay) and 1.4e-6 on an H100.
+# fp32 inputs: the worst error measured against fp64 is 6.6e-7 in the interpreter (dlog_decay), 1.4e-6 on an
+# H100.
 FP32 = 5e-6
-# bf16 inputs are rounded in every product; fla's own kernel is at 8e-3 with repeated keys (benchmarks/results).
+# bf16 inputs are rounded in every product; fla's kernel is at 8e-3 with repeated keys (benchmarks/results).
 BF16 = 1.2e-2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
