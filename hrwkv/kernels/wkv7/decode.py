@@ -43,20 +43,18 @@ class _Inputs(NamedTuple):
     b: Tensor
 
 
-def choose_launch(num_pairs: int, *, key_size: int, value_size: int) -> Launch:
-    """The cut for ``num_pairs`` = N * H pairs of sequence and head.
+def choose_launch(num_pairs: int, *, key_size: int, value_size: int, num_warps: int) -> Launch:
+    """The cut for ``num_pairs`` = N * H pairs of sequence and head; measured in benchmarks/results.
 
-    One warp a program: it needs no exchange through shared memory between warps, and it does the work on key
-    vectors once, where each of several warps would repeat it. 32 columns are one 128-byte line of an fp32
-    state, 16 bytes a thread. Up to 256 pairs would leave half of a large device's multiprocessors idle: 16
-    columns then give twice the programs of half the length. K = 128 takes 16 as well: 32 columns would be
-    128 registers of state a thread, beside its vectors too many.
+    32 columns are one 128-byte line of an fp32 state, 16 bytes a thread. Up to 256 pairs would leave half of a
+    large device's multiprocessors idle: 16 columns then give twice the programs of half the length. K = 128
+    takes 16 as well: 32 columns would be 128 registers of state a thread, beside its vectors too many.
     """
     columns = 16 if num_pairs <= 256 or key_size > 96 else 32
     return Launch(
         block_v=min(columns, _power_of_two(value_size)),
         block_k=min(32, _power_of_two(key_size)),
-        num_warps=1,
+        num_warps=num_warps,
     )
 
 
@@ -90,7 +88,10 @@ def wkv7_decode(
     value_size = v.shape[-1]
     inputs = _Inputs._make(map(_by_heads, (r, log_decay, k, v, a, b)))
     o = v.new_empty(num_tokens, heads, value_size)
-    launch = launch or choose_launch(len(state_slots) * heads, key_size=key_size, value_size=value_size)
+    if launch is None:  # two warps: more loads in flight than one, and little work to repeat
+        launch = choose_launch(
+            len(state_slots) * heads, key_size=key_size, value_size=value_size, num_warps=2
+        )
     _check_state(state, shape=(heads, key_size, value_size), launch=launch)
     _wkv7_kernel[_grid(state_slots, state, launch)](
         o,
@@ -145,7 +146,8 @@ def mixer_decode(
     assert is_first or weights.k0 is None or rows.key is not None
     assert first is None or all(x.is_contiguous() for x in first)
     y = rows.r.new_empty(num_tokens, heads, size)
-    launch = launch or choose_launch(len(state_slots) * heads, key_size=size, value_size=size)
+    if launch is None:  # one warp does the work on key vectors once, several would each repeat it
+        launch = choose_launch(len(state_slots) * heads, key_size=size, value_size=size, num_warps=1)
     _check_state(state, shape=(heads, size, size), launch=launch)
     _mixer_kernel[_grid(state_slots, state, launch)](
         y,

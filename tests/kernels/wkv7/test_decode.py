@@ -152,7 +152,7 @@ def test_same_inputs_give_the_same_bits_however_the_tokens_are_given(device):
 def test_launch_divides_every_head_size():
     for size in (16, 24, 32, 64, 80, 96, 128):
         for num_pairs in (1, 10_000):
-            launch = choose_launch(num_pairs, key_size=size, value_size=size)
+            launch = choose_launch(num_pairs, key_size=size, value_size=size, num_warps=1)
             assert size % launch.block_k == 0
             assert size % launch.block_v == 0
 
