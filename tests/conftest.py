@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 # Triton reads this once, when it is first imported, and then runs every kernel on the CPU in NumPy. That may
 # be while a folder's conftest.py is imported, so before any hook of this file.
 if not torch.cuda.is_available():

@@ -142,7 +142,7 @@ class _FusedDistillation(torch.autograd.Function):
         with torch.autocast(student_hidden.device.type, enabled=False):
             for part in _chunks(student_hidden.shape[0], chunk):
                 own = student_hidden[part].to(narrow)
-                sums, grad = distillation_terms(
+                terms, grad = distillation_terms(
                     _product(own, head.T, dtype),  # [c, V]
                     _product(teacher_hidden[part].to(narrow), teacher.T, dtype),
                     labels=None if labels is None else labels[part],
@@ -150,7 +150,7 @@ class _FusedDistillation(torch.autograd.Function):
                     ce_scale=ce_scale,
                     gradient_dtype=narrow if wants_hidden or wants_head else None,
                 )
-                totals += sums
+                totals += terms
                 if grad is not None:
                     if grad_hidden is not None:
                         grad_hidden[part] = _product(grad, head, dtype)

@@ -43,11 +43,6 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return (x @ down) @ up
 
 
-def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[T, H_kv, K] -> [T, H_kv * groups, K]: query head h reads KV head ``h // groups``."""
-    return x.repeat_interleave(groups, dim=1) if groups > 1 else x
-
-
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))``, the teacher's MLP (hxa079.md 16)."""
 

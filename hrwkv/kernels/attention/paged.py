@@ -10,9 +10,6 @@ Key sizes are cut into equal parts that are powers of two (96 is 3 x 32): Triton
 padding 96 to 128 would cost a third more work. Gradients, and prefill with many tokens, are left to ``sdpa``.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton's kernels have no types to write.
-
 import math
 from collections.abc import Sequence
 

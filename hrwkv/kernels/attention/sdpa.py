@@ -33,6 +33,8 @@ def varlen_attention(
     present = [length for length in lengths if length > 0]
     if not present:
         return q.clone()  # empty too, and still part of the graph
+    # H100, K = 96, ms forward / with backward: 8 x 4096 cuDNN 4.2 / 14.9, varlen_attn 4.9 / 21.1; 1 x 32768
+    # 28.7 / 101, 38.2 / 155; 32768 in ten lengths varlen_attn 7.3 / 29.3, jagged 7.7 / 30.6.
     if min(present) == max(present):
         return _attend_causal(*(x.unflatten(0, (len(present), present[0])) for x in (q, k, v))).flatten(0, 1)
     if q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0:

@@ -9,9 +9,6 @@ KL terms are added as ``p_T (log p_T - log p_S)`` with both softmaxes finished: 
 position's sums go to memory and are added up outside, so the same inputs give the same bits.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# Arguments of a kernel are what Triton makes of them; their trailing notes say more than a type could.
-
 import torch
 import triton
 import triton.language as tl

@@ -13,7 +13,6 @@ accuracy: fp16 does not hold the scaled keys. Left out: key sizes other than 32,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,17 +50,17 @@ class Plan:
 
 def plan(lengths: Sequence[int], cu_seqlens: Tensor) -> Plan:
     """Cut sequences into chunks, on the host, so that nothing waits for the device."""
-    starts = accumulate(lengths, initial=0)
-    chunks = [
-        (start + at, min(CHUNK, length - at))
-        for start, length in zip(starts, lengths, strict=False)
-        for at in range(0, length, CHUNK)
-    ]
-    counts = accumulate((-(-length // CHUNK) for length in lengths), initial=0)
-    table = torch.tensor([*sum(chunks, ()), *counts], dtype=torch.int32)
+    sizes = torch.tensor(list(lengths), dtype=torch.int32)
+    counts = (sizes + CHUNK - 1) // CHUNK
+    ends = counts.cumsum(0, dtype=torch.int32)
+    sequence = torch.repeat_interleave(counts)  # [NT]
+    at = (torch.arange(len(sequence), dtype=torch.int32) - (ends - counts)[sequence]) * CHUNK
+    start = (sizes.cumsum(0, dtype=torch.int32) - sizes)[sequence] + at
+    table = torch.cat([torch.stack([start, (sizes[sequence] - at).clamp(max=CHUNK)], 1).flatten(), ends])
     if cu_seqlens.is_cuda:
         table = table.pin_memory().to(cu_seqlens.device, non_blocking=True)
-    return Plan(tuple(lengths), cu_seqlens, table[: 2 * len(chunks)].view(-1, 2), table[2 * len(chunks) :])
+    chunks, ends = table.split([2 * len(sequence), len(sizes)])
+    return Plan(tuple(lengths), cu_seqlens, chunks.view(-1, 2), torch.cat([ends.new_zeros(1), ends]))
 
 
 def wkv7(

@@ -9,9 +9,6 @@ no lane idle. The grid depends on shapes alone: a captured CUDA graph stays vali
 It has no backward and no checks of its arguments beyond asserts: ``hrwkv.kernels.wkv7`` holds those.
 """
 
-# Triton's functions are untyped, and grow tuples whose length is known only when they are compiled.
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code=assignment
-
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -46,8 +43,8 @@ class _Inputs(NamedTuple):
 def choose_launch(num_pairs: int, *, key_size: int, value_size: int, num_warps: int) -> Launch:
     """The cut for ``num_pairs`` = N * H pairs of sequence and head; measured in benchmarks/results.
 
-    32 columns are one 128-byte line of an fp32 state, 16 bytes a thread. Up to 256 pairs would leave half of a
-    large device's multiprocessors idle: 16 columns then give twice the programs of half the length. K = 128
+    32 columns are one 128-byte line of an fp32 state, 16 bytes a thread. Up to 256 pairs would leave half of
+    a large device's multiprocessors idle: 16 columns then give twice the programs of half the length. K = 128
     takes 16 as well: 32 columns would be 128 registers of state a thread, beside its vectors too many.
     """
     columns = 16 if num_pairs <= 256 or key_size > 96 else 32
