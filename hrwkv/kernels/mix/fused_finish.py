@@ -5,8 +5,6 @@ once and its gradient summed without atomics; r_k's gradient is summed over a bl
 and over the blocks by torch: the same inputs give the same bits.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import Any

@@ -8,8 +8,6 @@ summed over a block of tokens in the program and over the blocks by torch, witho
 give the same bits.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ one number are written for few instructions: compiled for sm_90, exp2, rsqrt and
 exp five, a division nine, log twenty-five.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 import triton
 import triton.language as tl
 

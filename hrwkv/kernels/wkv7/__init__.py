@@ -104,7 +104,7 @@ def wkv7_decode(
         b: normalised key times the in-context learning rate.
         state: ``[slots, H, K, V]`` pool, read and written at ``state_slots``; fp32, or on a GPU bf16 too.
         state_slots: ``[N]`` int32 or int64, all different: with a slot named twice the result is undefined.
-            A negative one names no state: its output is zeros.
+            For the Triton kernels a negative one names no state, and its output is zeros.
 
     Returns:
         ``o [N, H, V]`` in the dtype of ``v``.

@@ -30,6 +30,9 @@ CHUNK = 32
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
 WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
 GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
+# Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
+# choice kept for the large.
+MIN_TUNED = 8192
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _ChunkedWkv7(torch.autograd.Function):
             )
 
         if plan.num_chunks:
-            _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2])
+            _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2], work=plan.num_chunks * heads)
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
         return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
 
@@ -166,11 +169,15 @@ def _constants(x: Tensor) -> dict[str, Any]:
 
 
 def _tuned(
-    name: str, x: Tensor, candidates: list[Config], run: Callable[[Config], None], *, size: int
+    name: str, x: Tensor, candidates: list[Config], run: Callable[[Config], None], *, size: int, work: int
 ) -> None:
-    """Run with the launch parameters that are best for this key size and dtype."""
+    """Run with the launch parameters that are best for this key size and dtype; work is chunks times
+    heads."""
     fitting = [config for config in candidates if size % config["TK"] == 0]
-    run(choose(name, (str(x.dtype), size), fitting, run, device=x.device))
+    if work < MIN_TUNED:
+        run(fitting[0])
+    else:
+        run(choose(name, (str(x.dtype), size), fitting, run, device=x.device))
 
 
 def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
@@ -204,7 +211,7 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
         )
 
     if plan.num_chunks:
-        _tuned("wkv7 prepare", r, PREPARE, run, size=size)
+        _tuned("wkv7 prepare", r, PREPARE, run, size=size, work=plan.num_chunks * heads)
     return parts
 
 
@@ -241,5 +248,5 @@ def _walk(
         )
 
     if plan.lengths:
-        _tuned("wkv7 walk", x, WALK, run, size=size)
+        _tuned("wkv7 walk", x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner

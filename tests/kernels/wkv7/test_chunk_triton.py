@@ -120,6 +120,17 @@ def test_keeps_states_and_removals_and_nothing_without_gradients():
         assert not kept
 
 
+@pytest.mark.parametrize("work", [0, 8191, 8192], ids="work{}".format)
+def test_small_work_is_never_measured(work, monkeypatch):
+    """A choice made on a few tokens was kept on disk, for all later calls of that head size."""
+    chosen, ran = [], []
+    candidates = [chunk_triton.Config(TK=32, num_warps=2), chunk_triton.Config(TK=32, num_warps=4)]
+    monkeypatch.setattr(chunk_triton, "choose", lambda *arguments, **_: chosen.append(1) or candidates[1])
+    chunk_triton._tuned("x", torch.empty(1), candidates, ran.append, size=96, work=work)
+    assert bool(chosen) == (work >= 8192)
+    assert ran == [candidates[1] if chosen else candidates[0]]
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 40), max_size=4))
 def test_any_lengths_equal_naive(lengths):
