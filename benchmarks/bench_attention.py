@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import copy_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -142,16 +143,6 @@ def eager_milliseconds(call: Callable[[], object]) -> float:
     import triton.testing
 
     return float(triton.testing.do_bench(call, warmup=20, rep=150, return_mode="median"))
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written in a millisecond by a copy of 2 GiB."""
-    from triton.testing import do_bench
-
-    x = torch.empty(2**30, dtype=torch.bfloat16, device=device)
-    y = torch.empty_like(x)
-    # Launched, not replayed: the same copy inside a graph was slower by a third.
-    return 2 * x.nbytes / do_bench(lambda: y.copy_(x), return_mode="median")
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -391,7 +382,7 @@ def main() -> None:
     if options.check_only:
         print(json.dumps(facts))
         return
-    rate, flop_rate = copy_rate(device), matmul_rate(device)
+    rate, flop_rate = copy_rate(device.type) / 1e3, matmul_rate(device)
     facts |= {
         "device": torch.cuda.get_device_name(),
         "copy_TB_s": rate / 1e9,

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from timing import copy_rate
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -231,16 +232,6 @@ def check(case: Case, *, device: str, launch: object = None) -> dict[str, float]
             if not error <= BOUNDS[x.dtype]:
                 raise SystemExit(f"{case}: {what} is wrong by {error:.1e}, allowed {BOUNDS[x.dtype]:.0e}")
     return found
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second of a large copy, reads and writes counted."""
-    from triton.testing import do_bench
-
-    x = torch.empty(1 << 30, dtype=torch.bfloat16, device=device)
-    y = torch.empty_like(x)
-    # Launched, not replayed: the same copy inside a graph was slower by a third.
-    return 2 * x.nbytes / (1e-3 * do_bench(lambda: y.copy_(x), return_mode="median"))
 
 
 def graph_ms(launches: Launches, *, rounds: int, replays: int = 7) -> float:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timing import median_ms
 from torch import Tensor
 
 from hrwkv.distill import losses
@@ -107,14 +108,6 @@ def errors(form: Loss, inputs: Sequence[Tensor], expected: tuple[Tensor, Tensor]
     }
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    """Median by CUDA events over about a third of a second."""
-    import triton.testing
-
-    milliseconds: float = triton.testing.do_bench(function, warmup=50, rep=300, return_mode="median")
-    return milliseconds
-
-
 def time_form(form: Loss, inputs: Sequence[Tensor], *, floor: float) -> dict[str, float]:
     """Milliseconds of loss and gradient, and memory beyond the inputs."""
 
@@ -129,7 +122,7 @@ def time_form(form: Loss, inputs: Sequence[Tensor], *, floor: float) -> dict[str
     before = torch.cuda.memory_allocated()
     step()
     peak = torch.cuda.max_memory_allocated() - before
-    milliseconds = median_ms(step)
+    milliseconds = median_ms(step, rep=300)
     return {"ms": milliseconds, "to_floor": milliseconds / floor, "peak_gib": peak / 2**30, "first_s": first}
 
 
@@ -144,7 +137,7 @@ def products(inputs: Sequence[Tensor], chunk: int) -> dict[str, float]:
         torch.mm(other, teacher_head.T, out_dtype=torch.float32)
         torch.mm(gradient, head, out_dtype=torch.float32)
 
-    return {"ms": median_ms(step) * len(hidden) / chunk}
+    return {"ms": median_ms(step, rep=300) * len(hidden) / chunk}
 
 
 def elementwise(name: str, chunk: int, tokens: int, vocab: int) -> dict[str, float]:
@@ -153,7 +146,7 @@ def elementwise(name: str, chunk: int, tokens: int, vocab: int) -> dict[str, flo
     # A form may overwrite its inputs: its time does not depend on what they hold.
     logits = [3 * torch.randn(chunk, vocab, device="cuda") for _ in range(2)]
     options = {"labels": None, "kl_scale": 1.0, "ce_scale": 0.0, "gradient_dtype": torch.bfloat16}
-    milliseconds = median_ms(functools.partial(form, *logits, **options))
+    milliseconds = median_ms(functools.partial(form, *logits, **options), rep=300)
     return {
         "ms": milliseconds * tokens / chunk,
         "tb_per_s": chunk * vocab * BYTES[name] / milliseconds * 1e-9,
@@ -163,7 +156,7 @@ def elementwise(name: str, chunk: int, tokens: int, vocab: int) -> dict[str, flo
 def matrix_rate() -> float:
     """Operations a second of one 8192 x 8192 x 8192 product in bf16."""
     x = torch.randn(8192, 8192, device="cuda").bfloat16()
-    return 2 * 8192**3 / (median_ms(lambda: x @ x) * 1e-3)
+    return 2 * 8192**3 / (median_ms(lambda: x @ x, rep=300) * 1e-3)
 
 
 def attempt(report: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> None:

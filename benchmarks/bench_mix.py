@@ -15,12 +15,12 @@ import argparse
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import triton
+from timing import copy_rate, median_ms
 from torch import Tensor
 
 from hrwkv.kernels.mix import fused_finish, fused_mix, naive
@@ -92,22 +92,6 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def milliseconds(call: Callable[[], object], *, device: str) -> float:
-    """Median time of a call."""
-    if device == "cuda":
-        return float(triton.testing.do_bench(call, warmup=20, rep=150, return_mode="median"))
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second of a large copy, reads and writes counted."""
-    source = torch.empty(2**30 if device == "cuda" else 2**22, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2e3 * nbytes([source]) / milliseconds(lambda: target.copy_(source), device=device)
-
-
 def errors(ours: Call, exact: Call, leaves: Leaves) -> dict[str, float]:
     """The largest error of any output and of any gradient, relative to each tensor's largest element."""
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -139,7 +123,7 @@ def measure(forms: dict[str, Call], leaves: Leaves, *, backward: bool, device: s
 
         try:
             call()
-            found[f"{name}_ms"] = round(milliseconds(call, device=device), 4)
+            found[f"{name}_ms"] = round(median_ms(call, device=device, rep=150), 4)
         except Exception as error:  # whatever a form dies of, the others are worth their figures
             found["note"] = f"{found['note']} {name}: {type(error).__name__} {str(error)[:200]}".strip()
     return found

@@ -29,6 +29,7 @@ from itertools import chain
 
 import torch
 from bench_decode import FORM, Case, Layer, attempt, double, graph_ms, make_layer, make_layers, torch_mixer
+from timing import copy_rate
 from torch import Tensor
 
 from hrwkv.kernels import wkv7 as recurrence
@@ -114,13 +115,6 @@ def milliseconds(call: Callable[[], object], *, device: str, seconds: float = 0.
             call()
             times.append(1e3 * (time.perf_counter() - before))
     return statistics.median(times[1:])
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second of a large copy, reads and writes counted."""
-    source = torch.empty(2**30 if device == "cuda" else 2**22, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2e3 * nbytes([source]) / milliseconds(lambda: target.copy_(source), device=device)
 
 
 def errors(case: Case, *, device: str) -> dict[str, float]:

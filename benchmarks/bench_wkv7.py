@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from fla_tuning import VARIANTS, compile_ahead, limit, load
+from timing import copy_rate, median_ms
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -155,21 +156,6 @@ def repeats(*, key_size: int, device: str, runs: int = 20) -> bool:
         if not all(torch.equal(x, y) for x, y in zip(got, first, strict=True)):
             return False
     return True
-
-
-def median_ms(function: Callable[[], object]) -> float:
-    """Median by CUDA events over about a tenth of a second."""
-    import triton.testing
-
-    milliseconds: float = triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
-    return milliseconds
-
-
-def copy_rate() -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * 2**30 / (median_ms(lambda: target.copy_(source)) * 1e-3)
 
 
 def attention_ms(batch: int, tokens: int, heads: int, key_size: int) -> float | str:
