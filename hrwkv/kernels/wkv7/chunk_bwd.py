@@ -58,9 +58,10 @@ def gradients(
     ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V]; outputs [T, H, K]; all but
     log_decay in ``DOT``.
     """
-    first_column = tl.program_id(0) * TK
-    head = tl.program_id(1)
-    chunk = tl.program_id(2).to(tl.int64)
+    pair = tl.program_id(0) // (K // TK)  # one axis: CUDA's others end at 65,535, which is 2 M tokens
+    first_column = tl.program_id(0) % (K // TK) * TK
+    head = pair % H
+    chunk = (pair // H).to(tl.int64)
     start = tl.load(chunks + 2 * chunk).to(tl.int64)
     count = tl.load(chunks + 2 * chunk + 1)
     row = tl.arange(0, 2 * C)

@@ -227,9 +227,10 @@ def walk(
     state before each chunk (in walking order) to ``states`` [NT, H, V, K], U or dY to ``inner`` [NT, H, C,
     V].
     """
-    value = tl.program_id(0) * BV + tl.arange(0, BV)
-    head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    pair = tl.program_id(0) // (V // BV)  # one axis: CUDA's others end at 65,535
+    value = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
+    head = pair % H
+    sequence = pair // H
     first_token = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - first_token).to(tl.int32)
     first_chunk = tl.load(cu_chunks + sequence).to(tl.int64)

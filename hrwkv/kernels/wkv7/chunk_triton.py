@@ -121,7 +121,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         da = torch.empty_like(r)
 
         def run(config: Config) -> None:
-            gradients[(r.shape[2] // config["TK"], heads, plan.num_chunks)](
+            gradients[(r.shape[2] // config["TK"] * heads * plan.num_chunks,)](
                 *inputs,
                 do,
                 u,
@@ -226,7 +226,7 @@ def _walk(
     inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
 
     def run(config: Config) -> None:
-        walk[(value_size // config["BV"], heads, len(plan.lengths))](
+        walk[(value_size // config["BV"] * heads * len(plan.lengths),)](
             *(parts[name] for name in ("bwke" if reverse else "wbek")),
             *(parts[name] for name in ("decay", "q", "f", "m", "p")),
             x,
