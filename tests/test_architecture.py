@@ -33,10 +33,11 @@ MAX_FUNCTION_LINES = 80
 BORDERS = [
     ("torch.distributed", r"hrwkv/distill/parallel\.py"),
     ("deepspeed", r"hrwkv/distill/parallel\.py"),
-    ("transformers", r"hrwkv/(?!kernels/|layers/|settings\.py).*"),
+    ("transformers", r"hrwkv/(?!kernels/|layers/|settings/).*"),
+    ("llguidance", r"hrwkv/engine/.*"),
     ("fastapi", r"hrwkv/server/.*"),
     ("uvicorn", r"hrwkv/server/.*"),
-    ("cyclopts", r"hrwkv/(cli/.*|settings\.py)"),
+    ("cyclopts", r"hrwkv/(cli/.*|settings/.*)"),
     ("rich", r"hrwkv/cli/.*"),
 ]
 # PreTrainedConfig and PreTrainedModel hand unknown keywords upward by contract.

@@ -1,0 +1,1 @@
+"""Generation for many requests at once: continuous batching over one model and one cache."""
