@@ -64,10 +64,12 @@ def shard(model: HybridModel, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
     for block in blocks:
         # What the last block gathered is needed again at once by its backward.
         cut = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
-        groups.append((cut(block.self_attn), cut(block)))
+        mixer: FSDPModule = cut(block.self_attn)
+        rest: FSDPModule = cut(block)
+        groups.append((mixer, rest))
     fully_shard(model, mesh=mesh)
-    for (mixer, block), (next_mixer, next_block) in pairwise(groups):
-        block.set_modules_to_forward_prefetch([mixer, next_block])
+    for (mixer, rest), (next_mixer, next_rest) in pairwise(groups):
+        rest.set_modules_to_forward_prefetch([mixer, next_rest])
         mixer.set_modules_to_forward_prefetch([next_mixer])
 
 
