@@ -95,6 +95,7 @@ class ZeroEngine(Engine):
         )
         self._zero = self._deepspeed.optimizer
         self._fragments = deepspeed.utils
+        self._make_moments()
         if dtype != torch.float32:
             _, reader, _ = open_weights(path)
             for name, parameter in self._trained():
@@ -142,7 +143,6 @@ class ZeroEngine(Engine):
         """Each process reads whole moments, a few parameters at a time, and keeps its part of them."""
         step = torch.zeros((), dtype=torch.float32)
         trained = list(self._trained())
-        self._make_moments(step)
         for start in range(0, len(trained), MOMENTS_AT_ONCE):
             part = trained[start : start + MOMENTS_AT_ONCE]
             state = {
@@ -157,13 +157,16 @@ class ZeroEngine(Engine):
         for values in self.optimiser.state.values():
             values["step"].copy_(step)
 
-    def _make_moments(self, step: Tensor) -> None:
-        """Give the flat masters moments to be filled, as AdamW's first step would."""
+    def _make_moments(self) -> None:
+        """Give the flat masters the moments that AdamW's first step would, and names to their parts.
+
+        DeepSpeed would name those of the first parameter group alone, as it steps group by group.
+        """
         stage_three = getattr(self._zero, "fp32_partitioned_groups_flat", None)
         masters = stage_three or [own for group in self.optimiser.param_groups for own in group["params"]]
         for master in masters:
             moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
-            self.optimiser.state[master] = {"step": step.clone().to(master.device), **moments}
+            self.optimiser.state[master] = {"step": torch.zeros((), device=master.device), **moments}
         if stage_three is None:
             self._zero._lazy_init_hp_params_optimizer_state()
 
