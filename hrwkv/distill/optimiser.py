@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrwkv.distill.parallel import whole_shape
 from hrwkv.distill.stages import MIXER
 from hrwkv.settings import StageSettings
 
@@ -27,7 +28,7 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """True for matrices; r_k [H, K] is a vector per head."""
-    return parameter.dim() > 1 and not name.endswith(".r_k")
+    return len(whole_shape(parameter)) > 1 and not name.endswith(".r_k")
 
 
 def build_optimiser(model: nn.Module, settings: StageSettings) -> torch.optim.AdamW:

@@ -142,12 +142,14 @@ def distill_step(
     ranks = options.ranks
     stream: list[Tensor] | None = [] if options.hidden_weight > 0 else None
     targets: list[Tensor] | None = [] if options.hidden_weight > 0 else None
+    with options.autocast():
+        with torch.no_grad():
+            teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
+        hidden = student(inputs.token_ids, inputs.batch, stream=stream)
     with gathered(student.lm_head):  # the loss reads the head from outside its module
         with options.autocast():
-            with torch.no_grad():
-                teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
             loss, sums = distillation_loss(
-                student(inputs.token_ids, inputs.batch, stream=stream),
+                hidden,
                 student.lm_head.weight,
                 teacher_hidden,
                 teacher.lm_head.weight,
@@ -179,11 +181,14 @@ def validation_sums(
     teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
 ) -> Measures:
     """KL, agreement and both models' negative log-likelihoods, summed over the tokens of all processes."""
+    with options.autocast():
+        hidden = student(inputs.token_ids, inputs.batch)
+        teacher_hidden = teacher(inputs.token_ids, inputs.batch)
     with options.autocast(), gathered(student.lm_head):
         own = measure(
-            student(inputs.token_ids, inputs.batch),
+            hidden,
             student.lm_head.weight,
-            teacher(inputs.token_ids, inputs.batch),
+            teacher_hidden,
             teacher.lm_head.weight,
             labels=next_token_labels(inputs.token_ids, inputs.batch),
         )
