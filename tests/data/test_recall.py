@@ -28,7 +28,7 @@ def test_every_kind_fits_its_length_and_marks_its_last_tokens(any_tokenizer, see
         assert len(sample.token_ids) <= length
         assert len(sample.token_ids) > length // 2 or kind == "associative"
         assert sample.places == sorted(set(sample.places))
-        assert 0 < sample.places[0]
+        assert sample.places[0] > 0
         assert sample.places[-1] == len(sample.token_ids) - 1
 
 
