@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,13 +20,19 @@ from torch import Tensor
 
 from hrwkv.data.packing import next_token_labels
 from hrwkv.distill.losses import Measures, distillation_loss, measure
-from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total, whole
+from hrwkv.distill.parallel import Ranks, agree, blocks_of, gathered, release, total
 from hrwkv.layers.batch import TokenBatch
+from hrwkv.model.checkpoint import open_weights
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import HybridModel
 
 FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
 MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
+
+NOT_THE_TEACHERS = (
+    "mode is 'frozen-mlp', but {} of the student is not the teacher's: use mode 'all', or a student that was "
+    "converted from this teacher and never trained in mode 'all'"
+)
 
 Mode = Literal["all", "frozen-mlp"]
 
@@ -62,6 +69,7 @@ class StepOptions:
     """What stays the same from step to step; the weights are of stages 2 and 3.
 
     dtype: float32, or bfloat16 for autocast in the forward pass. Gradients never run under autocast.
+    backward: the engine's, for a loss that is this process's part of a sum over processes.
     """
 
     ranks: Ranks
@@ -69,6 +77,7 @@ class StepOptions:
     ce_weight: float = 0.0
     hidden_weight: float = 0.0
     dtype: torch.dtype = torch.float32
+    backward: Callable[[Tensor], None] = Tensor.backward
 
     def autocast(self) -> torch.autocast:
         """A context for forward passes."""
@@ -110,8 +119,7 @@ def align_step(
                 hidden = block.feed_forward(hidden + target)
             y, first = own.mix(x, batch, student_rope, first)
         loss = relative_error(y, target, ranks)
-        # The optimiser's gradient is the mean over processes, the loss is their sum.
-        (loss * (ranks.world / len(student.model.layers))).backward()
+        options.backward(loss * (1 / len(student.model.layers)))
         losses.append(loss.detach())
         first = None if first is None else (first[0].detach(), first[1].detach())
     layer_loss = total(torch.stack(losses), ranks)
@@ -134,25 +142,26 @@ def distill_step(
     ranks = options.ranks
     stream: list[Tensor] | None = [] if options.hidden_weight > 0 else None
     targets: list[Tensor] | None = [] if options.hidden_weight > 0 else None
-    with options.autocast():
-        with torch.no_grad():
-            teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
-        loss, sums = distillation_loss(
-            student(inputs.token_ids, inputs.batch, stream=stream),
-            student.lm_head.weight,
-            teacher_hidden,
-            teacher.lm_head.weight,
-            labels=next_token_labels(inputs.token_ids, inputs.batch) if options.ce_weight > 0 else None,
-            kl_weight=options.kl_weight,
-            ce_weight=options.ce_weight,
-            num_tokens=inputs.num_tokens,
-            num_labels=inputs.num_labels,
-        )
-    release(teacher)
-    if stream and targets:
-        errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
-        loss = loss + options.hidden_weight * torch.stack(errors).mean()
-    (loss * ranks.world).backward()
+    with gathered(student.lm_head):  # the loss reads the head from outside its module
+        with options.autocast():
+            with torch.no_grad():
+                teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
+            loss, sums = distillation_loss(
+                student(inputs.token_ids, inputs.batch, stream=stream),
+                student.lm_head.weight,
+                teacher_hidden,
+                teacher.lm_head.weight,
+                labels=next_token_labels(inputs.token_ids, inputs.batch) if options.ce_weight > 0 else None,
+                kl_weight=options.kl_weight,
+                ce_weight=options.ce_weight,
+                num_tokens=inputs.num_tokens,
+                num_labels=inputs.num_labels,
+            )
+        release(teacher)
+        if stream and targets:
+            errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
+            loss = loss + options.hidden_weight * torch.stack(errors).mean()
+        options.backward(loss)
     means = torch.stack([loss.detach(), sums.kl / inputs.num_tokens, sums.agreement / inputs.num_tokens])
     summed_loss, kl, agreement = total(means, ranks).unbind()
     return StepResult(loss=summed_loss, kl=kl, agreement=agreement)
@@ -170,7 +179,7 @@ def validation_sums(
     teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions
 ) -> Measures:
     """KL, agreement and both models' negative log-likelihoods, summed over the tokens of all processes."""
-    with options.autocast():
+    with options.autocast(), gathered(student.lm_head):
         own = measure(
             student(inputs.token_ids, inputs.batch),
             student.lm_head.weight,
@@ -200,27 +209,35 @@ def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
         parameter.requires_grad_(trains(name, stage=stage, mode=mode, unread=unread))
 
 
-def share_frozen(student: HybridModel, teacher: HybridModel, *, ranks: Ranks) -> None:
+def share_frozen(student: HybridModel, teacher: HybridModel) -> None:
     """Make the frozen weights of mode ``frozen-mlp`` the teacher's own tensors, so that they exist once.
 
-    Several processes only check them: there each model keeps its own shards. Raises ValueError where they
-    differ: the student has been trained in mode ``all``, or has another teacher.
+    For models that are not sharded. Raises ValueError where they differ: the student has been trained in mode
+    ``all``, or has another teacher.
     """
     theirs = dict(teacher.named_parameters())
     for name, parameter in list(student.named_parameters()):
         if FROZEN.fullmatch(name) is None:
             continue
         other = theirs.get(name)
-        full = None if other is None else whole(other.detach())
-        if full is None or full.shape != parameter.shape or not torch.equal(parameter.to(full), full):
-            raise ValueError(
-                f"mode is 'frozen-mlp', but {name} of the student is not the teacher's: use mode 'all', or "
-                "a student that was converted from this teacher and never trained in mode 'all'"
-            )
-        if ranks.world == 1:
-            owner, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(owner), leaf, other)
+        if other is None or other.shape != parameter.shape or not torch.equal(parameter.to(other), other):
+            raise ValueError(NOT_THE_TEACHERS.format(name))
+        owner, _, leaf = name.rpartition(".")
+        setattr(student.get_submodule(owner), leaf, other)
     student.tie_weights()
+
+
+def check_frozen(student: Path, teacher: Path, *, ranks: Ranks, dtype: torch.dtype) -> None:
+    """The check of ``share_frozen`` on model directories: sharded models keep their weights apart.
+
+    dtype: in which both are compared. Each process reads its share of the tensors; raises on all of them.
+    """
+    (_, ours, names), (_, theirs, known) = open_weights(student), open_weights(teacher)
+    error = None
+    for name in [name for name in names if FROZEN.fullmatch(name)][ranks.rank :: ranks.world]:
+        if name not in known or not torch.equal(ours.read(name).to(dtype), theirs.read(name).to(dtype)):
+            error = ValueError(NOT_THE_TEACHERS.format(name))
+    agree(error, ranks)
 
 
 def check_pair(student: HybridConfig, teacher: HybridConfig) -> None:

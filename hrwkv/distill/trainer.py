@@ -24,25 +24,33 @@ from hrwkv.distill.checkpointing import (
     remove_checkpoints,
     stage_recipe,
     write_json,
+    write_model,
 )
 from hrwkv.distill.corpus import Corpus, read_corpus
 from hrwkv.distill.logs import Observer, Progress, Rate, RunLog, Validation
-from hrwkv.distill.optimiser import build_optimiser, schedule_factor, set_learning_rate, trained_parameters
-from hrwkv.distill.parallel import Ranks, barrier, joined, local, place, whole
+from hrwkv.distill.optimiser import (
+    build_optimiser,
+    optimiser_state,
+    schedule_factor,
+    set_learning_rate,
+    trained_parameters,
+)
+from hrwkv.distill.parallel import Ranks, barrier, joined, local, open_model, start
 from hrwkv.distill.stages import (
     STAGES,
     StepInput,
     StepOptions,
     StepResult,
+    check_frozen,
     check_pair,
-    set_trainable,
     share_frozen,
     split_rows,
+    trains,
     validation_sums,
 )
-from hrwkv.model.checkpoint import load_config, load_model, write_config
+from hrwkv.model.checkpoint import load_config
 from hrwkv.model.modeling import HybridModel
-from hrwkv.model.shards import ShardWriter, read_json
+from hrwkv.model.shards import read_json
 from hrwkv.settings import DistillSettings
 
 logger = logging.getLogger(__name__)
@@ -149,30 +157,36 @@ class _Run:
         self.teacher_path = teacher
         self.dtype = getattr(torch, settings.dtype)
         self.corpus = corpus or read_corpus(teacher, settings.data)
-        self.teacher = load_model(teacher, dtype=self.dtype).requires_grad_(False)
-        place(self.teacher, ranks)
+        self.teacher = open_model(teacher, ranks, dtype=self.dtype)
 
     def stage(self, number: int, *, source: Path, recipes: dict[str, Recipe]) -> None:
         """Run one stage, from its last checkpoint if there is one, and write its model directory."""
         recipe = stage_recipe(self.settings, number, student=source, teacher=self.teacher_path)
-        student = self._open_student(source, number)
-        stage = _StageRun(self, number, student, recipe=recipe)
+        stage = _StageRun(self, number, source=source, recipe=recipe)
         recipes[str(number)] = recipe
         if self.ranks.is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / RECIPE, recipes)
         stage.train()
-        save_student(student, self.out / f"stage{number}", companions=source, ranks=self.ranks)
+        write_model(stage.engine, self.out / f"stage{number}", source=source)
         if self.ranks.is_first:
             remove_checkpoints(self.out / CHECKPOINTS, [number])
 
-    def _open_student(self, source: Path, number: int) -> HybridModel:
+    def open_student(self, path: Path, number: int) -> HybridModel:
+        """The student of a stage on this process's device, with gradients for what trains in it."""
         torch.manual_seed(self.settings.seed)
-        student = load_model(source)
-        if self.settings.mode == "frozen-mlp":
-            share_frozen(student, self.teacher, ranks=self.ranks)
-        set_trainable(student, stage=STAGES[number], mode=self.settings.mode)
-        place(student, self.ranks)
+        stage, mode, unread = STAGES[number], self.settings.mode, load_config(path).unread_parameters
+        shares = mode == "frozen-mlp"
+        if shares and self.ranks.world > 1:
+            check_frozen(path, self.teacher_path, ranks=self.ranks, dtype=self.dtype)
+        student = open_model(
+            path,
+            self.ranks,
+            dtype=self.dtype,
+            trains=lambda name: trains(name, stage=stage, mode=mode, unread=unread),
+            kind=self.settings.parallel,
+            adapt=(lambda model: share_frozen(model, self.teacher)) if shares else None,
+        )
         student.model.gradient_checkpointing = (
             number != 1 and self.settings.stage(number).gradient_checkpointing
         )
@@ -182,27 +196,43 @@ class _Run:
 class _StageRun:
     """One stage: steps, and the looks up from them."""
 
-    def __init__(self, run: _Run, number: int, student: HybridModel, *, recipe: Recipe) -> None:
-        self.run, self.number, self.student = run, number, student
+    def __init__(self, run: _Run, number: int, *, source: Path, recipe: Recipe) -> None:
+        self.run, self.number, self.source = run, number, source
         self.settings, self.ranks, self.table = run.settings.stage(number), run.ranks, STAGES[number]
         self.steps = run.settings.steps(number)
         self.batch_tokens = run.settings.batch_tokens(number)
+        self.stream = run.corpus.stream(run.settings, number)
+        self._split(self.stream.batch(0))  # refuses a batch that cannot be divided before anything is written
+        self.checkpoints = Checkpoints(run.out / CHECKPOINTS, self.ranks, recipe=recipe)
+        self.begun = self.checkpoints.latest(number)
+        path = source if self.begun is None else self.begun.model
+        self.student = run.open_student(path, number)
+        self.engine = start(
+            self.student,
+            build_optimiser(self.student, self.settings),
+            self.ranks,
+            kind=run.settings.parallel,
+            dtype=run.dtype,
+            path=path,
+            read_state=optimiser_state,
+            reduce_always=run.settings.reduce_each_micro_batch,
+        )
         self.options = StepOptions(
             self.ranks,
             kl_weight=self.settings.kl_weight,
             ce_weight=self.settings.ce_weight,
             hidden_weight=self.settings.hidden_weight,
             dtype=run.dtype,
+            backward=self.engine.backward,
         )
-        self.optimiser = build_optimiser(student, self.settings)
-        self.stream = run.corpus.stream(run.settings, number)
-        self.checkpoints = Checkpoints(run.out / CHECKPOINTS, self.ranks, recipe=recipe)
-        self._split(self.stream.batch(0))  # refuses a batch that cannot be divided before anything is written
         self._dev: list[StepInput] | None = None
 
     def train(self) -> None:
         """Train from the last checkpoint to the end of the budget."""
-        done = self.checkpoints.load(self.number, student=self.student, optimiser=self.optimiser)
+        done = 0
+        if self.begun is not None:
+            self.engine.load_moments(self.begun.moments)
+            done = self.begun.step
         reporter = _Reporter(self, done)
         try:
             for step in range(done + 1, self.steps + 1):
@@ -213,7 +243,7 @@ class _StageRun:
                 if validates or saves or step % STEPS_PER_READ[self.ranks.device.type] == 0:
                     reporter.read(self._validate() if validates else None)
                 if saves:
-                    self.checkpoints.save(self.number, step, student=self.student, optimiser=self.optimiser)
+                    self.checkpoints.save(self.number, step, self.engine, source=self.source)
         finally:
             reporter.close()
 
@@ -229,14 +259,11 @@ class _StageRun:
             warmup_ratio=self.settings.warmup_ratio,
             final_ratio=self.settings.final_lr_ratio,
         )
-        set_learning_rate(self.optimiser, factor)
-        self.optimiser.zero_grad(set_to_none=True)
+        set_learning_rate(self.engine.optimiser, factor)
         inputs = self._split(self.stream.batch(step - 1))
-        result = self.table.step(self.run.teacher, self.student, inputs, self.options)
-        parameters = [parameter for _, parameter in trained_parameters(self.student)]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
-        self.optimiser.step()
-        return result, whole(norm), factor * self.settings.learning_rate
+        with self.engine.micro_batch(last=True):
+            result = self.table.step(self.run.teacher, self.student, inputs, self.options)
+        return result, self.engine.step(self.settings.clip), factor * self.settings.learning_rate
 
     def _validate(self) -> Validation:
         """Measure on the fixed batches of the dev split."""
@@ -346,20 +373,3 @@ def _first_bad_gradient(student: HybridModel) -> str:
         if parameter.grad is not None and not bool(local(parameter.grad).isfinite().all()):
             return name
     return "its norm overflows"
-
-
-def save_student(student: HybridModel, path: Path, *, companions: Path, ranks: Ranks) -> None:
-    """Write a complete model directory in fp32; every process takes part, the first one writes."""
-    state = student.state_dict()
-    if student.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    if not ranks.is_first:
-        for tensor in state.values():
-            whole(tensor)
-    else:
-        with ShardWriter(path) as writer:
-            write_config(writer, student.config, torch.float32)
-            for name, tensor in state.items():
-                writer.add(name, whole(tensor).float())
-            writer.copy_companions(companions)
-    barrier(ranks)

@@ -72,6 +72,20 @@ def expected_shapes(config: HybridConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def open_weights(path: Path | str) -> tuple[HybridConfig, ShardReader, list[str]]:
+    """The config of a model directory, its tensors unread, and the names of those that the model has.
+
+    Raises as ``load_model`` does.
+    """
+    path = Path(path)
+    config = load_config(path)
+    reader = ShardReader(path)
+    names = list(carried_names(path, reader.names()))
+    check_names({name: reader.shape(name) for name in names}, expected_shapes(config), path)
+    check_tied_head(reader, config)
+    return config, reader, names
+
+
 def load_model(
     path: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> HybridModel:
@@ -80,12 +94,7 @@ def load_model(
     Raises CheckpointError for anything missing, left over, mis-shaped or truncated; ValueError for a config
     that we do not carry.
     """
-    path = Path(path)
-    config = load_config(path)
-    reader = ShardReader(path)
-    names = list(carried_names(path, reader.names()))
-    check_names({name: reader.shape(name) for name in names}, expected_shapes(config), path)
-    check_tied_head(reader, config)
+    config, reader, names = open_weights(path)
     with torch.device("meta"):
         model = HybridModel(config)
     weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in names}

@@ -90,6 +90,11 @@ class DistillSettings:
     """Steps between two checkpoints; 0 writes none, and an interrupted stage starts again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16`` runs the matrix products in bf16, on a GPU only; trained weights stay fp32."""
+    parallel: Literal["fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
+    """How several processes (torchrun) share the student: torch's FSDP2, or DeepSpeed's ZeRO, which cuts the
+    optimiser's state (1), also gradients (2), also parameters (3). A run may be resumed with another."""
+    reduce_each_micro_batch: bool = False
+    """With fsdp2: sum gradients over processes after each micro-batch, not once a step; saves memory."""
     device: str = "auto"
     """``auto`` (a GPU where there is one), ``cpu`` or ``cuda``."""
 
@@ -98,6 +103,8 @@ class DistillSettings:
         require(self.mode in ("all", "frozen-mlp"), "mode", self.mode, "all or frozen-mlp")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        kinds = ("fsdp2", "zero1", "zero2", "zero3")
+        require(self.parallel in kinds, "parallel", self.parallel, ", ".join(kinds))
         for name in ("validate_every", "validation_tokens", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for number in (1, 2, 3):

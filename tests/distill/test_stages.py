@@ -163,7 +163,7 @@ def test_first_value_gradient_flows_in_stage_2_and_not_in_stage_1(make_pair: Pai
 
 def test_frozen_weights_are_the_teachers_own_tensors(make_pair: Pair) -> None:
     teacher, student = make_pair()
-    share_frozen(student, teacher, ranks=ALONE)
+    share_frozen(student, teacher)
     theirs = {name: p.data_ptr() for name, p in teacher.named_parameters()}
     shared = {name for name, p in student.named_parameters() if p.data_ptr() == theirs.get(name)}
     mlp = {f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(4) for p in ("gate", "up", "down")}
@@ -177,7 +177,7 @@ def test_sharing_refuses_a_student_whose_frozen_weights_differ(make_pair: Pair, 
     with torch.no_grad():
         student.get_parameter(name)[-1] += 1e-3
     with pytest.raises(ValueError, match=f"'frozen-mlp', but {name} of the student is not the teacher's"):
-        share_frozen(student, teacher, ranks=ALONE)
+        share_frozen(student, teacher)
 
 
 @pytest.mark.parametrize(

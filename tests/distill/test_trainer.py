@@ -16,7 +16,7 @@ import torch
 from hrwkv.distill import trainer
 from hrwkv.distill.logs import Progress
 from hrwkv.distill.trainer import distill
-from hrwkv.model.checkpoint import load_model
+from hrwkv.model.checkpoint import load_model, save_model
 from hrwkv.settings import DataSettings, DistillSettings, StageSettings
 
 CONTEXT, ROWS, STEPS = 16, 2, 8
@@ -237,9 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     model = load_model(student)
     with torch.no_grad():
         model.model.layers[1].self_attn.w0[3] = torch.nan
-    trainer.save_student(
-        model, tmp_path / "bad", companions=student, ranks=trainer.Ranks(0, 1, torch.device("cpu"))
-    )
+    save_model(model, tmp_path / "bad", companions=student)
     message = {
         1: "stage 1, step 1: the loss of layer 1 is not finite",
         2: "stage 2, step 1: the loss is not finite",
@@ -300,8 +298,7 @@ def test_resume_with_another_model_names_it(directories: Directories, tmp_path: 
     model = load_model({"student": student, "teacher": teacher}[changed])
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    ranks = trainer.Ranks(0, 1, torch.device("cpu"))
-    trainer.save_student(model, tmp_path / "other", companions=student, ranks=ranks)
+    save_model(model, tmp_path / "other", companions=student)
     pair = {"student": student, "teacher": teacher} | {changed: tmp_path / "other"}
     with pytest.raises(ValueError, match=rf"cannot resume .*: {changed}\.weights is"):
         distill(
@@ -319,7 +316,7 @@ def test_damaged_checkpoint_is_one_line(directories: Directories, tmp_path: Path
     student, teacher, text = directories
     out = tmp_path / "out"
     begun(directories, out)
-    for shard in (out / "checkpoints" / "stage1-step0000003").glob("*.distcp"):
+    for shard in (out / "checkpoints" / "stage1-step0000003").rglob("*.distcp"):
         os.truncate(shard, 100)
     with pytest.raises(OSError, match="cannot read the checkpoint .*stage1-step0000003, remove it") as caught:
         distill(student, teacher, out, recipe(text), stages=(1,), resume=True, observer=ignore)
