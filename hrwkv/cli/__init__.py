@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published, select
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "export": (published.export, published.EXPORT_EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
+    "select": (select.select, select.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.GENERATE_EXAMPLES),
     "chat": (generate.chat, generate.CHAT_EXAMPLES),
