@@ -71,7 +71,7 @@ def stage_recipe(settings: DistillSettings, stage: int, *, student: Path, teache
     values = asdict(settings)
     own = {"stage": values[f"stage{stage}"], "data": values["data"]}
     del own["stage"]["micro_batch_tokens"]
-    names = ("mode", "seed", "dtype", "spike_factor", "spike_action", "spike_limit")
+    names = ("mode", "seed", "dtype", "frozen_dtype", "spike_factor", "spike_action", "spike_limit")
     rest = {name: values[name] for name in names}
     models = {"student": model_fingerprint(student), "teacher": model_fingerprint(teacher)}
     flat = {

@@ -12,27 +12,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hrwkv.data.packing import next_token_labels
+from hrwkv.distill.frozen import FROZEN
 from hrwkv.distill.losses import Measures, distillation_loss, measure
-from hrwkv.distill.parallel import Ranks, agree, blocks_of, gathered, release, total
+from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.model.checkpoint import open_weights
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import HybridModel
 
-FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
 MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
-
-NOT_THE_TEACHERS = (
-    "mode is 'frozen-mlp', but {} of the student is not the teacher's: use mode 'all', or a student that was "
-    "converted from this teacher and never trained in mode 'all'"
-)
 
 Mode = Literal["all", "frozen-mlp"]
 
@@ -223,37 +216,6 @@ def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
     unread = student.config.unread_parameters
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains(name, stage=stage, mode=mode, unread=unread))
-
-
-def share_frozen(student: HybridModel, teacher: HybridModel) -> None:
-    """Make the frozen weights of mode ``frozen-mlp`` the teacher's own tensors, so that they exist once.
-
-    For models that are not sharded. Raises ValueError where they differ: the student has been trained in mode
-    ``all``, or has another teacher.
-    """
-    theirs = dict(teacher.named_parameters())
-    for name, parameter in list(student.named_parameters()):
-        if FROZEN.fullmatch(name) is None:
-            continue
-        other = theirs.get(name)
-        if other is None or other.shape != parameter.shape or not torch.equal(parameter.to(other), other):
-            raise ValueError(NOT_THE_TEACHERS.format(name))
-        owner, _, leaf = name.rpartition(".")
-        setattr(student.get_submodule(owner), leaf, other)
-    student.tie_weights()
-
-
-def check_frozen(student: Path, teacher: Path, *, ranks: Ranks, dtype: torch.dtype) -> None:
-    """The check of ``share_frozen`` on model directories: sharded models keep their weights apart.
-
-    dtype: in which both are compared. Each process reads its share of the tensors; raises on all of them.
-    """
-    (_, ours, names), (_, theirs, known) = open_weights(student), open_weights(teacher)
-    error = None
-    for name in [name for name in names if FROZEN.fullmatch(name)][ranks.rank :: ranks.world]:
-        if name not in known or not torch.equal(ours.read(name).to(dtype), theirs.read(name).to(dtype)):
-            error = ValueError(NOT_THE_TEACHERS.format(name))
-    agree(error, ranks)
 
 
 def check_pair(student: HybridConfig, teacher: HybridConfig) -> None:
