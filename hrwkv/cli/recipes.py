@@ -1,8 +1,9 @@
 """Recipes: TOML files with a table per command, under the flags of the command line.
 
 A recipe holds ``[convert]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file tells the
-whole way from a teacher to a student; a command reads its own table, ``demo`` reads all but ``[select]``. A
-flag wins over the recipe, the recipe over the built-in value, one by one: ``--stage2.tokens`` alone leaves
+whole way from a teacher to a student; a command reads its own table, ``demo`` all but ``[select]``, and
+``distill`` all but ``[demo]``. A flag wins over the recipe, the recipe over the built-in value, one by one:
+``--stage2.tokens`` alone leaves
 the rest of stage 2 as it was. A recipe for one published teacher is its preset too: what ``[teacher]`` and
 ``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
 """
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TABLES = ("convert", "select", "distill", "eval", "demo")
 PRESET_TABLES = ("teacher", "chat")
+# What distill reads besides its own: it can go the whole way.
+PIPELINE_TABLES = ("convert", "select", "eval")
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
 COMMA_LISTS = ("attention-layers", "layers", "recall-lengths", "passkey-lengths", "passkey-depths")
@@ -64,7 +67,10 @@ def recipe_values(command: str, name: str | None) -> dict[str, Any]:
         values.pop("select", None)
         return merged({"distill": nested_defaults(DistillSettings)}, values)
     own: dict[str, Any] = values.get(command, {})
-    return merged(nested_defaults(DistillSettings), own) if command == "distill" else own
+    if command != "distill":
+        return own
+    steps = {table: values[table] for table in PIPELINE_TABLES if table in values}
+    return merged(nested_defaults(DistillSettings), own) | steps
 
 
 def find_recipe(name: str) -> Path:
