@@ -7,10 +7,11 @@
 
 Weights are random and made on the GPU, layer by layer, in the form in which they are trained; steps are the
 trainer's own (stage functions, engine, optimiser). Tokens are random, rows are packed with documents. A case
-is ``stage:keep:rows``: rows of --context tokens in a micro-batch; ``all`` as keep turns checkpointing off. The
-floor is the time of the necessary operations (hrwkv/model/flops.py) at the chip's stated bf16 rate, so x floor
-is 1 / MFU; 8-bit products may go below it. About 3 minutes on an H200 with the default cases, of which one is
-compilation and the making of weights. A case that fails says so and stops no other. The last line is JSON.
+is ``stage:keep:rows``: rows of --context tokens in a micro-batch; ``all`` as keep turns checkpointing off.
+The floor is the time of the necessary operations (hrwkv/model/flops.py) at the chip's stated bf16 rate, so x
+floor is 1 / MFU; 8-bit products may go below it. About 3 minutes on an H200 with the default cases, of which
+one is compilation and the making of weights. A case that fails says so and stops no other. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from hrwkv.convert.initialise import rank_sizes
 from hrwkv.distill.frozen import EIGHT_BITS, FROZEN, Quantised, Shared
 from hrwkv.distill.optimiser import build_optimiser, optimiser_state, set_learning_rate
-from hrwkv.distill.parallel import Engine, Ranks, joined, start
-from hrwkv.distill.parallel.fsdp import _name_the_root, shard
+from hrwkv.distill.parallel import Engine, Ranks, joined, local, release, start
+from hrwkv.distill.parallel.fsdp import shard
 from hrwkv.distill.stages import STAGES, StepInput, StepOptions, set_trainable
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.linear import FrozenLinear
@@ -115,10 +117,13 @@ def build(options: argparse.Namespace, ranks: Ranks, dtype: torch.dtype) -> tupl
     with torch.device("meta"):
         teacher, student = HybridModel(teacher_config), HybridModel(student_config)
     narrow = EIGHT_BITS.get(options.frozen_dtype)
-    if narrow is not None and options.mode == "frozen-mlp":
+    if narrow is not None and options.mode == "frozen-mlp" and ranks.world == 1:
         Quantised(narrow, ranks.device).prepare(teacher)
     if ranks.world > 1:
-        return sharded(teacher, ranks, dtype=dtype), sharded(student, ranks, dtype=torch.float32)
+        return (
+            sharded(teacher, ranks, dtype=dtype, narrow=dtype),
+            sharded(student, ranks, dtype=torch.float32, narrow=dtype),
+        )
     fill(teacher, dtype=dtype, device=ranks.device)
     if options.mode == "frozen-mlp":
         shared = Shared(teacher)
@@ -132,18 +137,20 @@ def build(options: argparse.Namespace, ranks: Ranks, dtype: torch.dtype) -> tupl
     return teacher.eval(), student
 
 
-def sharded(model: HybridModel, ranks: Ranks, *, dtype: torch.dtype) -> HybridModel:
-    """A model whose random shards are made on each process."""
-    mesh = torch.distributed.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
-    model.to(dtype)
-    shard(model, mesh, dtype=torch.bfloat16)
+def sharded(model: HybridModel, ranks: Ranks, *, dtype: torch.dtype, narrow: torch.dtype) -> HybridModel:
+    """A model with random shards in ``dtype``, made on each process; blocks are gathered in ``narrow``."""
+    shard(model.to(dtype), init_device_mesh(ranks.device.type, (ranks.world,)), dtype=narrow)
     model.to_empty(device=ranks.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            own = parameter.to_local()
+            own = local(parameter)
             own.copy_(random_weight(own.shape, name, dtype=dtype, device=ranks.device))
-    _name_the_root(model, ranks)
-    return model
+        # FSDP takes the module that is called first for the root, and stage 1 calls blocks.
+        with StepOptions(ranks, dtype=narrow).autocast():
+            one = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+            model(one, TokenBatch.from_lengths([1], device=ranks.device))
+    release(model)
+    return model.eval()
 
 
 def micro_batches(
@@ -320,7 +327,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=PEAK_BF16, default="H200", help="whose stated rate MFU refers to")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--profile", action="store_true")
-    default = ["1:all:8", "2:nothing:2", "2:stream:2", "2:mlp:1", "2:mixer:1"]
+    default = ["1:all:8", "2:nothing:4", "2:stream:2", "2:mlp:2", "2:mixer:1"]
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=[Case.parse(text) for text in default])
     options = parser.parse_args()
     with joined(options.device) as ranks:
