@@ -68,7 +68,7 @@ def facts_of(out: Path, model: Path, rows: Rows) -> dict[str, Any]:
     selection = out / "selected" / "selection.json"
     evaluation = out / "eval" / "report.json"
     return {
-        "name": model.resolve().name if model.parent == out else model.name,
+        "name": out.resolve().name,
         "variant": config.variant,
         "layers": config.layer_types,
         "linear": sum(kind == LINEAR for kind in config.layer_types),
