@@ -115,7 +115,7 @@ class FileShards:
         try:
             self.files, path = fsspec.core.url_to_fs(source)
             found = [path] if _is_plain(source) else sorted(self.files.glob(path))
-        except ImportError as error:
+        except (ImportError, OSError, ValueError) as error:
             raise ValueError(f"text source {source!r} cannot be opened: {error}") from error
         # A name may hold a bracket or a question mark of its own; only a pattern is expanded.
         self.names: list[str] = [str(name) for name in found if self.files.isfile(name)]

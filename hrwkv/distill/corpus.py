@@ -83,6 +83,11 @@ class Corpus:
     parts: tuple[Part, ...]
     passkey: PasskeyMix | None
 
+    @property
+    def dev(self) -> TokenStore:
+        """The held-out text of the part with the largest weight: filler for what is not of the mixture."""
+        return max(self.parts, key=lambda part: part.weight).dev
+
     def stream(self, settings: DistillSettings, stage: int, *, pin: bool = False) -> Prefetch:
         """Training batches of a stage, made ahead; stages see the rows in different orders.
 
@@ -131,16 +136,21 @@ class Corpus:
         return MixedRows(sources, schedule, rows_per_batch=rows_per_batch)
 
 
+def open_tokenizer(model_path: Path) -> Any:
+    """The tokenizer of a model directory. Raises ValueError if there is none that opens."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model_path} has no tokenizer that Transformers can open: {reason}") from error
+
+
 def read_corpus(model_path: Path, settings: DataSettings) -> Corpus:
     """Tokenise the train and dev splits with a model directory's tokenizer, or prepare to as they are needed.
 
     Raises ValueError for a directory without a tokenizer and for text that cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model_path} has no tokenizer that Transformers can open: {reason}") from error
+    tokenizer = open_tokenizer(model_path)
     read = _stream_part if settings.tokenise == "stream" else _ahead_part
     parts = tuple(read(sources, weight, settings, tokenizer) for sources, weight in settings.mixture())
     share = settings.passkey_share
