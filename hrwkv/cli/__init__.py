@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published, select
+from hrwkv.cli.interrupt import Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "export": (published.export, published.EXPORT_EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
+    "select": (select.select, select.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.GENERATE_EXAMPLES),
     "chat": (generate.chat, generate.CHAT_EXAMPLES),
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(words, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
+    except Stopped as stop:
+        return _fail(f"{stop}; go on with: {resume_command(words)}", INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,16 +97,21 @@ class Corpus:
         return [stream.batch(index) for index in range(max(count, 1))]
 
 
+def open_tokenizer(model_path: Path) -> Any:
+    """The tokenizer of a model directory. Raises ValueError if there is none that opens."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model_path} has no tokenizer that Transformers can open: {reason}") from error
+
+
 def read_corpus(model_path: Path, settings: DataSettings) -> Corpus:
     """Tokenise the train and dev splits with a model directory's tokenizer.
 
     Raises ValueError for a directory without a tokenizer and for text that cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model_path} has no tokenizer that Transformers can open: {reason}") from error
+    tokenizer = open_tokenizer(model_path)
     train: Iterable[Document] = read_documents(settings.sources, split="train")
     if settings.max_bytes:
         train = sample_documents(train, max_bytes=settings.max_bytes)

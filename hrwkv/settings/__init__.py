@@ -8,6 +8,7 @@ from hrwkv.settings.convert import INITIALISATIONS, ConvertSettings, ImportSetti
 from hrwkv.settings.data import DataSettings
 from hrwkv.settings.distill import DistillSettings, StageSettings
 from hrwkv.settings.evaluate import DemoSettings, EvalSettings
+from hrwkv.settings.select import SelectSettings
 
 __all__ = [
     "INITIALISATIONS",
@@ -17,5 +18,6 @@ __all__ = [
     "DistillSettings",
     "EvalSettings",
     "ImportSettings",
+    "SelectSettings",
     "StageSettings",
 ]
