@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrwkv.distill.optimiser import build_optimiser
 from hrwkv.distill.parallel import Ranks
 from hrwkv.distill.stages import (
     STAGES,
@@ -22,6 +23,7 @@ from hrwkv.distill.stages import (
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.config import FULL, LINEAR
 from hrwkv.model.modeling import HybridModel
+from hrwkv.settings import StageSettings
 from tests.builders import hybrid_config
 
 UNREAD = hybrid_config().unread_parameters
@@ -190,6 +192,27 @@ def test_relative_errors_of_micro_batches_are_averaged_by_tokens(make_pair: Pair
     for name, gradient in summed.items():
         expected = sum(share * own[name] for share, own in zip(shares, alone, strict=True))
         assert (gradient - expected).norm() < 1e-5 * expected.norm() + 1e-8, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_host_never_waits_inside_a_step(make_pair: Pair, number: int) -> None:
+    cuda = torch.device("cuda")
+    teacher, student = (model.to(cuda) for model in make_pair(tied=False))
+    set_trainable(student, stage=STAGES[number], mode="all")
+    optimiser = build_optimiser(student, StageSettings())
+    cpu = step_input()
+    batch = TokenBatch.from_lengths(LENGTHS, device=cuda)
+    inputs = replace(cpu, token_ids=cpu.token_ids.to(cuda), batch=batch)
+    options = StepOptions(Ranks(0, 1, cuda), ce_weight=0.5, hidden_weight=1.0, dtype=torch.bfloat16)
+    for mode in ("default", "error"):  # the first step compiles and measures launch parameters
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            STAGES[number].step(teacher, student, inputs, options)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimiser.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_first_value_gradient_flows_in_stage_2_and_not_in_stage_1(make_pair: Pair) -> None:
