@@ -10,7 +10,7 @@ from hrwkv.distill.checkpointing import Checkpoint, Checkpoints, write_model
 from hrwkv.distill.optimiser import build_optimiser, optimiser_state
 from hrwkv.distill.parallel import Engine, Ranks, open_model, start
 from hrwkv.distill.stages import STAGES, trains
-from hrwkv.model.checkpoint import load_model
+from hrwkv.model.checkpoint import load_model, open_weights, save_model
 from hrwkv.model.shards import CheckpointError
 from hrwkv.settings import StageSettings
 
@@ -79,8 +79,6 @@ def test_what_does_not_train_keeps_its_bytes(directories: Directories, tmp_path:
     """In the source's dtype: a frozen tensor in bfloat16 is not written in twice its size."""
     student, _, _ = directories
     half = load_model(student)
-    from hrwkv.model.checkpoint import open_weights, save_model
-
     save_model(half, tmp_path / "half", companions=student, dtype=torch.bfloat16)
     engine = make_engine(tmp_path / "half")
     write_model(engine, tmp_path / "out", source=tmp_path / "half")
@@ -100,12 +98,12 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(
     weights = load_model(latest(checkpoints).model).state_dict()
 
     def killed(*_: object, **__: object) -> None:
-        raise KilledError
+        raise KilledError("in the middle")
 
     take_a_step(engine)
     with monkeypatch.context() as patch:
         patch.setattr(where, killed)
-        with pytest.raises(KilledError, match=""):
+        with pytest.raises(KilledError, match="in the middle"):
             checkpoints.save(1, 6, engine, source=student)
     found = latest(checkpoints)
     assert found.step == 3
