@@ -27,6 +27,7 @@ from hrwkv.distill.checkpointing import (
     write_model,
 )
 from hrwkv.distill.corpus import Corpus, read_corpus
+from hrwkv.distill.frozen import EIGHT_BITS, Quantised, Shared, check_frozen
 from hrwkv.distill.logs import Observer, Progress, Rate, RunLog, Validation
 from hrwkv.distill.optimiser import (
     build_optimiser,
@@ -41,9 +42,7 @@ from hrwkv.distill.stages import (
     StepInput,
     StepOptions,
     StepResult,
-    check_frozen,
     check_pair,
-    share_frozen,
     split_rows,
     trains,
     validation_sums,
@@ -157,7 +156,18 @@ class _Run:
         self.teacher_path = teacher
         self.dtype = getattr(torch, settings.dtype)
         self.corpus = corpus or read_corpus(teacher, settings.data)
-        self.teacher = open_model(teacher, ranks, dtype=self.dtype)
+        narrow = EIGHT_BITS.get(settings.frozen_dtype)
+        if narrow is not None and ranks.world > 1:
+            raise ValueError(
+                f"frozen_dtype is {settings.frozen_dtype!r} with {ranks.world} processes, where weights are "
+                "sharded: use bfloat16, or one process"
+            )
+        self.teacher = open_model(
+            teacher,
+            ranks,
+            dtype=self.dtype,
+            fitting=None if narrow is None else Quantised(narrow, ranks.device),
+        )
 
     def stage(self, number: int, *, source: Path, recipes: dict[str, Recipe]) -> None:
         """Run one stage, from its last checkpoint if there is one, and write its model directory."""
@@ -185,11 +195,12 @@ class _Run:
             dtype=self.dtype,
             trains=lambda name: trains(name, stage=stage, mode=mode, unread=unread),
             kind=self.settings.parallel,
-            adapt=(lambda model: share_frozen(model, self.teacher)) if shares else None,
+            fitting=Shared(self.teacher) if shares else None,
         )
         student.model.gradient_checkpointing = (
             number != 1 and self.settings.stage(number).gradient_checkpointing
         )
+        student.model.keep = self.settings.stage(number).keep
         return student.train()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
 
@@ -52,6 +53,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, D] -> [T, D]."""
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """x: [T, D] -> [T, D]; ``recompute`` keeps x alone for the backward pass."""
+        if recompute:
+            y: Tensor = checkpoint(self.forward, x, use_reentrant=False)
+            return y
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

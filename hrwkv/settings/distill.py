@@ -8,6 +8,9 @@ from typing import Literal
 from hrwkv.settings.checks import check_batch, require
 from hrwkv.settings.data import DataSettings
 
+KEPT = ("nothing", "stream", "mlp", "mixer")
+FROZEN_DTYPES = ("bfloat16", "float8", "int8")
+
 
 @dataclass(frozen=True)
 class StageSettings:
@@ -42,6 +45,11 @@ class StageSettings:
     about twice as much from a token with it; 0 distils the probabilities alone, as RADLADS does."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time; not for stage 1."""
+    keep: Literal["nothing", "stream", "mlp", "mixer"] = "nothing"
+    """What gradient_checkpointing keeps of a block besides its input: ``stream`` the residual stream between
+    its halves, ``mlp`` or ``mixer`` also the inside of that half, which is then not recomputed."""
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps both moments in 8 bits (torchao must be installed): 6 bytes less a weight."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no run can have."""
@@ -54,6 +62,10 @@ class StageSettings:
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, "at least 0")
         good = all(0 <= beta < 1 for beta in self.betas)
         require(good, "stage.betas", self.betas, "two numbers, 0 to below 1")
+        require(self.keep in KEPT, "stage.keep", self.keep, ", ".join(KEPT))
+        require(
+            self.optimiser in ("adamw", "adamw8bit"), "stage.optimiser", self.optimiser, "adamw or adamw8bit"
+        )
         require(self.clip >= 0, "stage.clip", self.clip, "at least 0")
         require(self.hidden_weight >= 0, "stage.hidden_weight", self.hidden_weight, "at least 0")
         weights = (self.kl_weight, self.ce_weight)
@@ -90,6 +102,10 @@ class DistillSettings:
     """Steps between two checkpoints; 0 writes none, and an interrupted stage starts again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16`` runs the matrix products in bf16, on a GPU only; trained weights stay fp32."""
+    frozen_dtype: Literal["bfloat16", "float8", "int8"] = "bfloat16"
+    """How the weights that never train are kept in mode frozen-mlp: ``float8`` or ``int8`` hold the MLPs,
+    once for both models, and the teacher's attention in 8 bits, float8 computes in them on Hopper;
+    ``bfloat16`` leaves them as dtype says. On one process."""
     parallel: Literal["fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
     """How several processes (torchrun) share the student: torch's FSDP2, or DeepSpeed's ZeRO, which cuts the
     optimiser's state (1), also gradients (2), also parameters (3). A run may be resumed with another."""
@@ -103,6 +119,14 @@ class DistillSettings:
         require(self.mode in ("all", "frozen-mlp"), "mode", self.mode, "all or frozen-mlp")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        require(
+            self.frozen_dtype in FROZEN_DTYPES, "frozen_dtype", self.frozen_dtype, ", ".join(FROZEN_DTYPES)
+        )
+        if self.frozen_dtype != "bfloat16" and self.mode != "frozen-mlp":
+            raise ValueError(
+                f"frozen_dtype is {self.frozen_dtype!r} in mode {self.mode!r}, where MLPs train: "
+                "use bfloat16, or mode 'frozen-mlp'"
+            )
         kinds = ("fsdp2", "zero1", "zero2", "zero3")
         require(self.parallel in kinds, "parallel", self.parallel, ", ".join(kinds))
         for name in ("validate_every", "validation_tokens", "checkpoint_every"):

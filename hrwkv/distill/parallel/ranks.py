@@ -107,6 +107,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor without its sharding; ZeRO-3 keeps it beside an empty one."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

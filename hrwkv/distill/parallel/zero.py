@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hrwkv.distill.parallel.engine import Engine
-from hrwkv.distill.parallel.ranks import Ranks, blocks_of
+from hrwkv.distill.parallel.ranks import Ranks, blocks_of, whole_shape
 from hrwkv.distill.parallel.states import load_state, save_state
-from hrwkv.layers.time_mix import TimeMix
 from hrwkv.model.checkpoint import open_weights
 from hrwkv.model.modeling import HybridModel
 
-# Stage 3 keeps parameters below this size whole on each process: norms over a head.
+# Stage 3 keeps smaller parameters whole on each process. Among them must be the norms over a head, whose
+# weights the mixer reads without calling them, so that DeepSpeed would not gather them.
 WHOLE_BELOW = 1000
 # Parameters whose moments are read at once.
 MOMENTS_AT_ONCE = 32
@@ -64,9 +64,6 @@ def open_partitioned(
         part.to(ranks.device, dtype)
         if stage == 3:
             deepspeed.zero.Init(module=part, config_dict_or_path=zero_config(stage, dtype=dtype))
-    if stage == 3:
-        # The mixer reads the weights of its norms without calling them.
-        deepspeed.utils.set_z3_leaf_modules(model, [TimeMix])
     return model.eval()
 
 
@@ -104,6 +101,7 @@ class ZeroEngine(Engine):
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Stage 1 reduces in ``step``, stages 2 and 3 after each backward pass."""
+        self._zero.clear_backward_seen_flag()  # DeepSpeed's own forward, which we do not call, does so
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -146,7 +144,7 @@ class ZeroEngine(Engine):
         for start in range(0, len(trained), MOMENTS_AT_ONCE):
             part = trained[start : start + MOMENTS_AT_ONCE]
             state = {
-                name: {moment: torch.empty(_shape(parameter)) for moment in MOMENTS} | {"step": step}
+                name: {moment: torch.empty(whole_shape(parameter)) for moment in MOMENTS} | {"step": step}
                 for name, parameter in part
             }
             load_state(state, folder, self.ranks, alone=True)
@@ -169,9 +167,3 @@ class ZeroEngine(Engine):
             self.optimiser.state[master] = {"step": torch.zeros((), device=master.device), **moments}
         if stage_three is None:
             self._zero._lazy_init_hp_params_optimizer_state()
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole shape; stage 3 keeps it beside an empty tensor."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
