@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hrwkv.distill.frozen import FROZEN
 from hrwkv.distill.losses import GPU_CHUNK_BYTES
-from hrwkv.distill.stages import FROZEN, STAGES, trains
+from hrwkv.distill.stages import STAGES, trains
 from hrwkv.model.checkpoint import expected_shapes
 from hrwkv.model.config import LINEAR, HybridConfig
 from hrwkv.settings import DistillSettings
