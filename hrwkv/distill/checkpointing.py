@@ -64,10 +64,15 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def stage_recipe(settings: DistillSettings, stage: int, *, student: Path, teacher: Path) -> Recipe:
-    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting."""
+    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting.
+
+    Nor the size of micro-batches: a run that has met the end of the memory goes on with a smaller one.
+    """
     values = asdict(settings)
     own = {"stage": values[f"stage{stage}"], "data": values["data"]}
-    rest = {name: values[name] for name in ("mode", "seed", "dtype")}
+    del own["stage"]["micro_batch_tokens"]
+    names = ("mode", "seed", "dtype", "frozen_dtype", "spike_factor", "spike_action", "spike_limit")
+    rest = {name: values[name] for name in names}
     models = {"student": model_fingerprint(student), "teacher": model_fingerprint(teacher)}
     flat = {
         f"{part}.{name}": value for part, fields in (own | models).items() for name, value in fields.items()

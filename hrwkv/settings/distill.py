@@ -36,6 +36,10 @@ class StageSettings:
     """Tokens of a row in this stage; None takes data.context_length."""
     batch_tokens: int | None = None
     """Tokens of a step in this stage; None takes data.batch_tokens."""
+    micro_batch_tokens: int | None = None
+    """Tokens that one process takes at once, a part of its share of a step; None takes the whole share. A
+    step's gradient is the sum over its micro-batches. Losses that are relative errors (stage 1,
+    hidden_weight) are then the mean of the micro-batches', each relative to its own size."""
     kl_weight: float = 1.0
     """Weight of KL(teacher || student) at temperature 1; stage 1 has its own loss."""
     ce_weight: float = 0.0
@@ -94,10 +98,20 @@ class DistillSettings:
         default_factory=lambda: StageSettings(learning_rate=2e-4, base_learning_rate=1e-4)
     )
     """Long context."""
+    spike_factor: float = 0.0
+    """A step whose loss is this many times the running median is a spike; 0 looks for none."""
+    spike_action: Literal["skip", "rollback"] = "skip"
+    """``skip`` leaves a spike's gradients out, for which the device is waited for in each step; ``rollback``
+    goes back to the last checkpoint and leaves the step out when it comes again."""
+    spike_limit: int = 10
+    """Spikes of a stage that are borne; one more is an error."""
     validate_every: int = 100
     """Steps between two validations; 0 validates only at the end of a stage."""
     validation_tokens: int = 8192
     """Tokens of the dev split that a validation reads, at least one batch."""
+    validation_passkeys: int = 8
+    """Passkey prompts of the stage's context length in a validation, scored teacher-forced; none where the
+    context is too short for one."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0 writes none, and an interrupted stage starts again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,10 +143,24 @@ class DistillSettings:
             )
         kinds = ("fsdp2", "zero1", "zero2", "zero3")
         require(self.parallel in kinds, "parallel", self.parallel, ", ".join(kinds))
-        for name in ("validate_every", "validation_tokens", "checkpoint_every"):
+        counts = (
+            "validate_every",
+            "validation_tokens",
+            "validation_passkeys",
+            "checkpoint_every",
+            "spike_limit",
+        )
+        for name in counts:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        factor, action = self.spike_factor, self.spike_action
+        require(factor == 0 or factor > 1, "spike_factor", factor, "more than 1, or 0")
+        require(action in ("skip", "rollback"), "spike_action", action, "skip or rollback")
         for number in (1, 2, 3):
-            check_batch(self.context_length(number), self.batch_tokens(number), where=f"stage{number}")
+            context_length, micro = self.context_length(number), self.stage(number).micro_batch_tokens
+            check_batch(context_length, self.batch_tokens(number), where=f"stage{number}")
+            whole = micro is None or (micro > 0 and micro % context_length == 0)
+            expected = f"a multiple of context_length {context_length}, or none"
+            require(whole, f"stage{number}.micro_batch_tokens", micro, expected)
 
     def stage(self, number: int) -> StageSettings:
         """The settings of stage 1, 2 or 3."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hrwkv.distill import trainer
+from hrwkv.distill import loop
 from hrwkv.distill.logs import Progress
 from hrwkv.distill.trainer import distill
 from hrwkv.model.checkpoint import load_model, save_model
@@ -259,14 +259,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, text = directories
-    set_rate = trainer.set_learning_rate
+    set_rate = loop.set_learning_rate
 
     def spoil(optimiser: torch.optim.Optimizer, factor: float) -> None:
         set_rate(optimiser, factor)
         parameter = optimiser.param_groups[0]["params"][0]
         parameter.register_hook(lambda gradient: gradient * torch.inf)
 
-    monkeypatch.setattr(trainer, "set_learning_rate", spoil)
+    monkeypatch.setattr(loop, "set_learning_rate", spoil)
     name = "model.embed_tokens.weight"
     with pytest.raises(ValueError, match=rf"stage 2, step 1: the gradient \({name}\) is not finite"):
         distill(student, teacher, tmp_path / "out", recipe(text), stages=(2,), resume=False, observer=ignore)
