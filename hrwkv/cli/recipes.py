@@ -1,10 +1,10 @@
 """Recipes: TOML files with a table per command, under the flags of the command line.
 
-A recipe holds ``[convert]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file tells the
-whole way from a teacher to a student; a command reads its own table, ``demo`` reads all but ``[select]``. A
-flag wins over the recipe, the recipe over the built-in value, one by one: ``--stage2.tokens`` alone leaves
-the rest of stage 2 as it was. A recipe for one published teacher is its preset too: what ``[teacher]`` and
-``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
+A recipe holds ``[convert]``, ``[plan]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file
+tells the whole way from a teacher to a student; a command reads its own table, ``demo`` and ``plan`` those of
+others as well. A flag wins over the recipe, the recipe over the built-in value, one by one:
+``--stage2.tokens`` alone leaves the rest of stage 2 as it was. A recipe for one published teacher is its
+preset too: what ``[teacher]`` and ``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from hrwkv.settings import DistillSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-TABLES = ("convert", "select", "distill", "eval", "demo")
+TABLES = ("convert", "plan", "select", "distill", "eval", "demo")
+# Commands that read other commands' tables, which their flags name: --distill.stage2.tokens.
+WHOLE = {"demo": ("convert", "distill", "eval", "demo"), "plan": ("convert", "distill")}
 PRESET_TABLES = ("teacher", "chat")
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
@@ -60,10 +62,12 @@ def recipe_values(command: str, name: str | None) -> dict[str, Any]:
     if name is None and command == "demo":
         name = DEMO_RECIPE
     values = {} if name is None else read_recipe(find_recipe(name))
-    if command == "demo":
-        values.pop("select", None)
-        return merged({"distill": nested_defaults(DistillSettings)}, values)
-    own: dict[str, Any] = values.get(command, {})
+    own: dict[str, Any]
+    if command in WHOLE:
+        own = {table: values[table] for table in WHOLE[command] if table in values}
+        own |= values.get(command, {}) if command == "plan" else {}
+        return merged({"distill": nested_defaults(DistillSettings)}, own)
+    own = values.get(command, {})
     return merged(nested_defaults(DistillSettings), own) if command == "distill" else own
 
 
@@ -162,7 +166,7 @@ class Command(App):
         arguments = super().assemble_argument_collection(
             default_parameter=default_parameter, parse_docstring=parse_docstring
         )
-        if parse_docstring and self.name[0] in ("distill", "demo"):
+        if parse_docstring and self.name[0] in ("distill", *WHOLE):
             values = recipe_values(self.name[0], None)
             for argument in arguments:
                 path = argument.name.removeprefix("--").replace("-", "_").split(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from hrwkv.distill.checkpointing import KEPT as KEPT_CHECKPOINTS
@@ -27,7 +28,16 @@ MAX_GPUS = 64
 # micro-batches and recomputation, exactness for 8 bits, money for GPUs.
 KEEPS: tuple[Keep, ...] = ("mixer", "mlp", "stream", "nothing")
 OPTIMISERS: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw", "adamw8bit")
-MICRO_COST, KEEP_COST, REDUCE_COST, OPTIMISER_COST, FROZEN_COST, GPU_COST = 1, 3, 4, 10, 12, 100
+MICRO_COST, KEEP_COST, OPTIMISER_COST, GPU_COST = 1, 3, 10, 100
+# The same for keys that all stages share. Freezing the MLPs costs quality, so it is the last resort.
+SHARED_CHOICES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {"dtype": "bfloat16"}),
+    (4, {"reduce_each_micro_batch": True}),
+    (4, {"parallel": "fsdp2"}),
+    (12, {"frozen_dtype": "float8"}),
+    (12, {"frozen_dtype": "bfloat16"}),
+    (1000, {"mode": "frozen-mlp"}),
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ class Change:
 def smallest_change(pair: Pair, settings: DistillSettings, gpu: Gpu, *, gpus: int) -> Change | None:
     """The cheapest change with which every stage fits, None if there is none up to ``MAX_GPUS``."""
     best: tuple[int, DistillSettings, int] | None = None
-    for cost, changed, count in _run_options(settings, gpus):
+    for cost, changed, count in _run_options(settings, gpu, gpus):
         if best is not None and cost >= best[0]:
             continue
         for number in STAGES:
@@ -176,23 +186,28 @@ def smallest_change(pair: Pair, settings: DistillSettings, gpu: Gpu, *, gpus: in
     return Change(changed, count, (*words, *differences(settings, changed)))
 
 
-def _run_options(settings: DistillSettings, gpus: int) -> Iterator[tuple[int, DistillSettings, int]]:
+def _run_options(
+    settings: DistillSettings, gpu: Gpu, gpus: int
+) -> Iterator[tuple[int, DistillSettings, int]]:
     """Cost, settings and GPUs of the choices that all stages share, those that cannot run left out."""
     counts = [gpus, *(count for count in (2, 4, 8, 16, 32, MAX_GPUS) if count > gpus)]
-    for doubled, count in enumerate(counts):
-        shared: list[tuple[int, dict[str, Any]]] = [(0, {})]
-        if count == 1 and settings.mode == "frozen-mlp" and settings.frozen_dtype == "bfloat16":
-            shared.append((FROZEN_COST, {"frozen_dtype": "float8"}))
-        if count > 1 and settings.frozen_dtype != "bfloat16":
-            shared = [(FROZEN_COST, {"frozen_dtype": "bfloat16"})]
-        if count > 1 and not settings.reduce_each_micro_batch:
-            shared += [
-                (cost + REDUCE_COST, {**keys, "reduce_each_micro_batch": True}) for cost, keys in shared
-            ]
-        if count > 1 and settings.parallel in ("zero1", "zero2"):
-            shared += [(cost + REDUCE_COST, {**keys, "parallel": "fsdp2"}) for cost, keys in shared]
-        for cost, keys in shared:
-            yield cost + doubled * GPU_COST, replace(settings, **keys), count
+    now = {name: getattr(settings, name) for name in {name for _, keys in SHARED_CHOICES for name in keys}}
+    choices = [(cost, keys) for cost, keys in SHARED_CHOICES if keys.items() - now.items()]
+    for size in range(len(choices) + 1):
+        for chosen in combinations(choices, size):
+            keys = {name: value for _, own in chosen for name, value in own.items()}
+            values, cost = {**now, **keys}, sum(cost for cost, _ in chosen)
+            for doubled, count in enumerate(counts):
+                if _runs(values, gpu, count):
+                    yield cost + doubled * GPU_COST, replace(settings, **keys), count
+
+
+def _runs(values: Mapping[str, Any], gpu: Gpu, gpus: int) -> bool:
+    """True if the trainer would take these values of the shared keys."""
+    eight_bit = values["frozen_dtype"] != "bfloat16"
+    narrow = eight_bit or values["dtype"] == "bfloat16"
+    alone = gpus == 1 and values["mode"] == "frozen-mlp"
+    return (alone or not eight_bit) and (gpu.bf16 > gpu.fp32 or not narrow)
 
 
 def _cheapest_stage(

@@ -47,9 +47,10 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*(x + y for x, y in zip(astuple(self), astuple(other), strict=True)))
 
-    def seconds(self, gpu: Gpu) -> float:
-        """Time on one GPU."""
-        products = self.products / (PRODUCTS * gpu.bf16) + self.attention / (ATTENTION * gpu.bf16)
+    def seconds(self, gpu: Gpu, *, dtype: str) -> float:
+        """Time on one GPU; dtype: of the products, ``float32`` or ``bfloat16``."""
+        peak = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
+        products = self.products / (PRODUCTS * peak) + self.attention / (ATTENTION * peak)
         eight_bit = self.eight_bit / max(EIGHT_BIT_PRODUCTS * gpu.fp8, PRODUCTS * gpu.bf16)
         moved = self.mixer_bytes / gpu.bandwidth + self.other_bytes / (COPY * gpu.bandwidth)
         return products + eight_bit + moved
@@ -60,7 +61,7 @@ def tokens_per_second(pair: Pair, settings: DistillSettings, *, stage: int, gpu:
     own = settings.stage(stage)
     trained = plan_memory(pair, settings, stage=stage, gpus=gpus).trained
     step = trained * ADAMW_BYTES[own.optimiser] / (COPY * gpu.bandwidth) / settings.batch_tokens(stage)
-    seconds = stage_work(pair, settings, stage=stage).seconds(gpu) + step
+    seconds = stage_work(pair, settings, stage=stage).seconds(gpu, dtype=settings.dtype) + step
     return gpus * (1.0 if gpus == 1 else SCALING) / seconds
 
 
