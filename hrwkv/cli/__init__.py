@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, plan, published, select
+from hrwkv.cli.interrupt import Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(words, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
+    except Stopped as stop:
+        return _fail(f"{stop}; go on with: {resume_command(words)}", INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:

@@ -1,9 +1,9 @@
 """Recipes: TOML files with a table per command, under the flags of the command line.
 
 A recipe holds ``[convert]``, ``[plan]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file
-tells the whole way from a teacher to a student; a command reads its own table, ``demo`` and ``plan`` those of
-others as well. A flag wins over the recipe, the recipe over the built-in value, one by one:
-``--stage2.tokens`` alone leaves the rest of stage 2 as it was. A recipe for one published teacher is its
+tells the whole way from a teacher to a student; a command reads its own table, and ``demo``, ``plan`` and
+``distill`` those of others as well. A flag wins over the recipe, the recipe over the built-in value, one by
+one: ``--stage2.tokens`` alone leaves the rest of stage 2 as it was. A recipe for one published teacher is its
 preset too: what ``[teacher]`` and ``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
 """
 
@@ -25,9 +25,13 @@ from hrwkv.settings import DistillSettings
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 TABLES = ("convert", "plan", "select", "distill", "eval", "demo")
-# Commands that read other commands' tables, which their flags name: --distill.stage2.tokens.
-WHOLE = {"demo": ("convert", "distill", "eval", "demo"), "plan": ("convert", "distill")}
 PRESET_TABLES = ("teacher", "chat")
+# Tables that a command's flags name (--eval.tokens), beside those of its own keys.
+NAMED_TABLES = {
+    "demo": ("convert", "distill", "eval", "demo"),
+    "distill": ("convert", "select", "eval"),
+    "plan": ("convert", "distill"),
+}
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
 COMMA_LISTS = ("attention-layers", "layers", "recall-lengths", "passkey-lengths", "passkey-depths")
@@ -62,13 +66,12 @@ def recipe_values(command: str, name: str | None) -> dict[str, Any]:
     if name is None and command == "demo":
         name = DEMO_RECIPE
     values = {} if name is None else read_recipe(find_recipe(name))
-    own: dict[str, Any]
-    if command in WHOLE:
-        own = {table: values[table] for table in WHOLE[command] if table in values}
-        own |= values.get(command, {}) if command == "plan" else {}
-        return merged({"distill": nested_defaults(DistillSettings)}, own)
-    own = values.get(command, {})
-    return merged(nested_defaults(DistillSettings), own) if command == "distill" else own
+    defaults, names = nested_defaults(DistillSettings), NAMED_TABLES.get(command, ())
+    named = {table: values[table] for table in names if table in values}
+    if "distill" in names:
+        named = merged({"distill": defaults}, named)
+    own: dict[str, Any] = {} if command in names else values.get(command, {})
+    return (merged(defaults, own) if command == "distill" else own) | named
 
 
 def find_recipe(name: str) -> Path:
@@ -166,7 +169,7 @@ class Command(App):
         arguments = super().assemble_argument_collection(
             default_parameter=default_parameter, parse_docstring=parse_docstring
         )
-        if parse_docstring and self.name[0] in ("distill", *WHOLE):
+        if parse_docstring and self.name[0] in NAMED_TABLES:
             values = recipe_values(self.name[0], None)
             for argument in arguments:
                 path = argument.name.removeprefix("--").replace("-", "_").split(".")

@@ -37,9 +37,14 @@ Recipe = dict[str, Any]
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write beside, then rename."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside, then rename."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -108,10 +108,12 @@ class StageLoop:
         saves = not last and _is_due(step, self.run_settings.checkpoint_every)
         reads = validates or saves or self._is_careful(step)
         reads = reads or step % STEPS_PER_READ[self.ranks.device.type] == 0
-        stops = (reads or self.ranks.world == 1) and not last and _any(self.parts.stop(), self.ranks)
-        if reads or stops:
+        if reads:
             found = self.parts.validator.measure(self.parts.engine.student) if validates else None
             self.reporter.read(found, check=self._check)
+        stops = (reads or self.ranks.world == 1) and not last and anywhere(self.parts.stop(), self.ranks)
+        if stops and not reads:
+            self.reporter.read(None, check=self._check)
         if saves or stops:
             extra = {"losses": list(self.guard.losses), "left_out": sorted(self.left_out)}
             self.parts.checkpoints.save(
@@ -284,7 +286,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _any(flag: bool, ranks: Ranks) -> bool:
+def anywhere(flag: bool, ranks: Ranks) -> bool:
     """Whether any process says yes; every process must ask."""
     if ranks.world == 1:
         return flag

@@ -26,7 +26,7 @@ from hrwkv.distill.corpus import Corpus, open_tokenizer, read_corpus
 from hrwkv.distill.frozen import EIGHT_BITS, Quantised, Shared, check_frozen
 from hrwkv.distill.guard import Attempt, RestartError
 from hrwkv.distill.logs import Observer
-from hrwkv.distill.loop import StageLoop, StageParts, micro_batches
+from hrwkv.distill.loop import RunStoppedError, StageLoop, StageParts, anywhere, micro_batches
 from hrwkv.distill.optimiser import build_optimiser, optimiser_state
 from hrwkv.distill.parallel import Ranks, barrier, joined, open_model, start
 from hrwkv.distill.stages import (
@@ -104,6 +104,8 @@ def distill(
             run = _Run(teacher, out, settings, ranks=ranks, observer=observer, corpus=corpus, stop=stop)
             for number in missing:
                 run.stage(number, source=_source(student, out, number), recipes=recipes)
+                if number != missing[-1] and anywhere(stop(), ranks):
+                    raise RunStoppedError(f"stopped after stage {number}")
         return paths
 
 

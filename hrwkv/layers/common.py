@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hrwkv.kernels.norm import rms_norm
+
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
 
 
@@ -20,8 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] any float dtype; the result has x's shape and dtype."""
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""

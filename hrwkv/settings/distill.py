@@ -81,6 +81,8 @@ class StageSettings:
 class DistillSettings:
     """A whole distillation: the data, the three stages, and how often it looks up from its work."""
 
+    base_model: str = ""
+    """The teacher's directory or hub name: for a command that names none, and for the model card."""
     mode: Literal["all", "frozen-mlp"] = "all"
     """``all`` trains every parameter in stages 2 and 3; ``frozen-mlp`` leaves embeddings, MLPs, final norm
     and head as the teacher's and shares their memory with it (RADLADS measured a loss of quality)."""

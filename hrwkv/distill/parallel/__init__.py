@@ -16,8 +16,8 @@ What the rest of ``distill`` needs, and all that it needs:
 One process runs the same lines without sharding, whatever ``kind`` says. Kinds: ``fsdp2`` is torch's own;
 ``zero1``, ``zero2`` and ``zero3`` are DeepSpeed's, whose student is sharded by it and whose teacher stays
 with FSDP2. Checkpoints hold weights and moments by parameter name, so any kind on any number of processes
-goes on from what any other wrote. ``total``, ``whole``, ``whole_shape``, ``local``, ``gathered``, ``release``,
-``barrier`` and ``agree`` are for those who look into a sharded model. Left out: tensor and pipeline parallelism, offload.
+goes on from what any other wrote. The other functions are for those who look into a sharded model. Left out:
+tensor and pipeline parallelism, offload.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def open_sharded(
     }
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    _name_the_root(model, ranks)
+    _name_the_root(model, ranks, dtype)
     return model.eval()
 
 
@@ -84,9 +84,10 @@ def _own_shard(tensor: Tensor, mesh: DeviceMesh, *, dtype: torch.dtype) -> DTens
     )
 
 
-def _name_the_root(model: HybridModel, ranks: Ranks) -> None:
+def _name_the_root(model: HybridModel, ranks: Ranks, dtype: torch.dtype) -> None:
     """Call the root once: FSDP takes the module that is called first for it, and stage 1 calls blocks."""
-    with torch.no_grad():
+    narrow = dtype != torch.float32
+    with torch.no_grad(), torch.autocast(ranks.device.type, dtype if narrow else None, enabled=narrow):
         model(
             torch.zeros(1, dtype=torch.int64, device=ranks.device),
             TokenBatch.from_lengths([1], device=ranks.device),

@@ -8,6 +8,7 @@ checkpoint fits any engine. DeepSpeed is imported where it is used. The accumula
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def zero_config(stage: int, *, dtype: torch.dtype) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": 1.0,  # replaced at each step
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # Without the second, stage 1 counts the gradients of an earlier backward pass of the step again.
+        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -43,6 +45,7 @@ def zero_config(stage: int, *, dtype: torch.dtype) -> dict[str, Any]:
             "overlap_comm": stage == 2,  # the only one that allows it with an accumulation of our own
             "contiguous_gradients": True,
             "stage3_param_persistence_threshold": WHOLE_BELOW,
+            "memory_efficient_linear": False,  # it replaces torch's own function, for the teacher as well
         },
     }
 
@@ -92,6 +95,7 @@ class ZeroEngine(Engine):
         )
         self._zero = self._deepspeed.optimizer
         self._fragments = deepspeed.utils
+        self._first_micro_step = getattr(self._zero, "micro_step_id", 0)
         self._make_moments()
         if dtype != torch.float32:
             _, reader, _ = open_weights(path)
@@ -109,14 +113,23 @@ class ZeroEngine(Engine):
         self._deepspeed.backward(loss * self.ranks.world)
 
     def step(self, max_norm: float) -> Tensor:
-        """The norm is that of the whole gradient."""
+        """A gradient that is not finite is dropped, and its norm is infinite."""
         self._zero.clip_grad = max_norm
         self._deepspeed.step()
-        return torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.ranks.device)
+        dropped = getattr(self._zero, "overflow", False)
+        norm = math.inf if dropped else self._deepspeed.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device)
 
     def discard(self) -> None:
-        """Free the gradients, those in the partitions included."""
-        raise NotImplementedError
+        """As DeepSpeed does where a norm is not finite; ``step`` itself does so for what is not."""
+        self._zero.zero_grad()
+        for partitions in ("averaged_gradients", "all_grad_tensors"):
+            kept = getattr(self._zero, partitions, {})
+            for group in kept:
+                kept[group] = None
+        self._zero.clear_backward_seen_flag()
+        if hasattr(self._zero, "micro_step_id"):
+            self._zero.micro_step_id = self._first_micro_step
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, own) for name, own in self.student.named_parameters() if own.requires_grad)
