@@ -157,9 +157,9 @@ def main() -> None:
         kills = []
         began = time.perf_counter()
         while len(kills) < arguments.kills:
-            moment = Moment(generator.uniform(0.0, seconds / 2))
+            moment = Moment(generator.uniform(0.0, seconds / 4))
             if len(kills) % 3:
-                moment = Moment(generator.random(), generator.randint(5, 30))
+                moment = Moment(generator.random(), generator.randint(1, 12))
             if run(cut, resume=bool(kills), moment=moment):
                 print("the run ended before its moment came", flush=True)
                 break
