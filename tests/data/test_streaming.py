@@ -185,6 +185,8 @@ def test_a_split_without_a_document_is_an_error_and_no_endless_search() -> None:
     dev = next(text for text in (f"text {index}" for index in range(999)) if split_of(text) == "dev")
     with pytest.raises(ValueError, match="the train split of memory is empty: give more text, or"):
         rows(MemoryShards([[dev]])).batch(0)
+    with pytest.raises(ValueError, match="the test split of memory is empty: give more text, or"):
+        list(DocumentStream(MemoryShards([[dev]]), "test", 0.0).once())
 
 
 def test_passkey_rows_come_by_their_share_and_are_text_with_a_needle(tokenizer: Any) -> None:
