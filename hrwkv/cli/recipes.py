@@ -1,11 +1,10 @@
 """Recipes: TOML files with a table per command, under the flags of the command line.
 
-A recipe holds ``[convert]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file tells the
-whole way from a teacher to a student; a command reads its own table, ``demo`` all but ``[select]``, and
-``distill`` all but ``[demo]``. A flag wins over the recipe, the recipe over the built-in value, one by one:
-``--stage2.tokens`` alone leaves
-the rest of stage 2 as it was. A recipe for one published teacher is its preset too: what ``[teacher]`` and
-``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
+A recipe holds ``[convert]``, ``[plan]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file
+tells the whole way from a teacher to a student; a command reads its own table, and ``demo``, ``plan`` and
+``distill`` those of others as well. A flag wins over the recipe, the recipe over the built-in value, one by
+one: ``--stage2.tokens`` alone leaves the rest of stage 2 as it was. A recipe for one published teacher is its
+preset too: what ``[teacher]`` and ``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
 """
 
 from __future__ import annotations
@@ -25,10 +24,14 @@ from hrwkv.settings import DistillSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-TABLES = ("convert", "select", "distill", "eval", "demo")
+TABLES = ("convert", "plan", "select", "distill", "eval", "demo")
 PRESET_TABLES = ("teacher", "chat")
-# What distill reads besides its own: it can go the whole way.
-PIPELINE_TABLES = ("convert", "select", "eval")
+# Tables that a command's flags name (--eval.tokens), beside those of its own keys.
+NAMED_TABLES = {
+    "demo": ("convert", "distill", "eval", "demo"),
+    "distill": ("convert", "select", "eval"),
+    "plan": ("convert", "distill"),
+}
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
 COMMA_LISTS = ("attention-layers", "layers", "recall-lengths", "passkey-lengths", "passkey-depths")
@@ -63,14 +66,12 @@ def recipe_values(command: str, name: str | None) -> dict[str, Any]:
     if name is None and command == "demo":
         name = DEMO_RECIPE
     values = {} if name is None else read_recipe(find_recipe(name))
-    if command == "demo":
-        values.pop("select", None)
-        return merged({"distill": nested_defaults(DistillSettings)}, values)
-    own: dict[str, Any] = values.get(command, {})
-    if command != "distill":
-        return own
-    steps = {table: values[table] for table in PIPELINE_TABLES if table in values}
-    return merged(nested_defaults(DistillSettings), own) | steps
+    defaults, names = nested_defaults(DistillSettings), NAMED_TABLES.get(command, ())
+    named = {table: values[table] for table in names if table in values}
+    if "distill" in names:
+        named = merged({"distill": defaults}, named)
+    own: dict[str, Any] = {} if command in names else values.get(command, {})
+    return (merged(defaults, own) if command == "distill" else own) | named
 
 
 def find_recipe(name: str) -> Path:
@@ -168,7 +169,7 @@ class Command(App):
         arguments = super().assemble_argument_collection(
             default_parameter=default_parameter, parse_docstring=parse_docstring
         )
-        if parse_docstring and self.name[0] in ("distill", "demo"):
+        if parse_docstring and self.name[0] in NAMED_TABLES:
             values = recipe_values(self.name[0], None)
             for argument in arguments:
                 path = argument.name.removeprefix("--").replace("-", "_").split(".")
