@@ -93,9 +93,8 @@ def stage_operations(
     """Necessary operations a token of a training step of stage 1, 2 or 3.
 
     Stage 1: the teacher's blocks, the student's mixers forward, and their backward, which ends at the mixers'
-    inputs. Stages 2 and 3: both forwards with both heads, the
-    backward of activations through all of the student, twice the forward for what has no weights, and the
-    gradients of those weights that train.
+    inputs. Stages 2 and 3: both forwards with both heads, the backward of activations through all of the
+    student, twice the forward for what has no weights, and the gradients of those weights that train.
     """
     own = forward_operations(student, context_length=context_length)
     theirs = forward_operations(teacher, context_length=context_length)

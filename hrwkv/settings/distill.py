@@ -67,6 +67,8 @@ class StageSettings:
         good = all(0 <= beta < 1 for beta in self.betas)
         require(good, "stage.betas", self.betas, "two numbers, 0 to below 1")
         require(self.keep in KEPT, "stage.keep", self.keep, ", ".join(KEPT))
+        idle = self.keep != "nothing" and not self.gradient_checkpointing
+        require(not idle, "stage.keep", self.keep, "nothing, or gradient_checkpointing switched on")
         require(
             self.optimiser in ("adamw", "adamw8bit"), "stage.optimiser", self.optimiser, "adamw or adamw8bit"
         )

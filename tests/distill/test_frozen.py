@@ -184,3 +184,8 @@ def test_a_run_in_8_bits_writes_the_original_weights(
 def test_8_bits_in_mode_all_are_refused() -> None:
     with pytest.raises(ValueError, match="frozen_dtype is 'int8' in mode 'all', where MLPs train"):
         DistillSettings(frozen_dtype="int8")
+
+
+def test_a_choice_of_what_is_kept_without_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stage.keep is 'mlp', expected nothing, or gradient_checkpointing"):
+        StageSettings(keep="mlp")

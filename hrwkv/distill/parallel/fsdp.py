@@ -78,7 +78,7 @@ def _own_shard(tensor: Tensor, mesh: DeviceMesh, *, dtype: torch.dtype) -> DTens
     rows = tensor.shape[0]
     share = math.ceil(rows / mesh.size())
     start = min(mesh.get_local_rank() * share, rows)
-    own = tensor[start : min(start + share, rows)].to(mesh.device_type, dtype)
+    own = tensor[start : min(start + share, rows)].to(mesh.device_type).to(dtype)  # cast there
     return DTensor.from_local(
         own.contiguous(), mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

@@ -8,6 +8,8 @@ checkpoint fits any engine. DeepSpeed is imported where it is used. The accumula
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,18 @@ WHOLE_BELOW = 1000
 # Parameters whose moments are read at once.
 MOMENTS_AT_ONCE = 32
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def library() -> Any:
+    """DeepSpeed. Raises ValueError where it is not installed."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "parallel is zero1, zero2 or zero3, which DeepSpeed does, but that is not installed: "
+            "pip install 'hrwkv[train]', or use parallel fsdp2"
+        ) from error
+    return deepspeed
 
 
 def zero_config(stage: int, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -54,8 +68,7 @@ def open_partitioned(
     path: Path, ranks: Ranks, *, stage: int, dtype: torch.dtype, trains: Callable[[str], bool]
 ) -> HybridModel:
     """A student for ``ZeroEngine``, in evaluation mode; with stage 3 one block at a time is whole."""
-    import deepspeed
-
+    deepspeed = library()
     config, reader, names = open_weights(path)
     with torch.device("meta"):
         model = HybridModel(config)
@@ -84,15 +97,16 @@ class ZeroEngine(Engine):
         path: Path,
     ) -> None:
         """path: where the student was opened; in bfloat16 the masters are read from there once more."""
-        import deepspeed
-
+        deepspeed = library()
         super().__init__(student, optimiser, ranks)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=student,
-            optimizer=optimiser,
-            config=zero_config(stage, dtype=dtype),
-            dist_init_required=False,
-        )
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory it takes
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=student,
+                optimizer=optimiser,
+                config=zero_config(stage, dtype=dtype),
+                dist_init_required=False,
+            )
         self._zero = self._deepspeed.optimizer
         self._fragments = deepspeed.utils
         self._first_micro_step = getattr(self._zero, "micro_step_id", 0)
