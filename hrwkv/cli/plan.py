@@ -51,6 +51,7 @@ def plan(
     from hrwkv.distill.calibrate import Corrections
     from hrwkv.distill.plan import make_plan, smallest_change
     from hrwkv.distill.plan_memory import Pair
+    from hrwkv.eval.memory import memory_of
 
     display = Display()
     config, chosen = teacher_config(recipe, teacher), convert or ConvertSettings()
@@ -61,6 +62,9 @@ def plan(
         run_calibration(display, known, pair, gpu, distill, convert=chosen, teacher=teacher)
     found = make_plan(pair, distill, gpu, gpus=settings.gpus, corrections=known.of(pair, distill, gpu))
     show(display, found, price=settings.price, corrected=bool(known.of(pair, distill, gpu)))
+    served = memory_of(pair.student)
+    state, kv = count(served.state_bytes), count(served.kv_bytes_per_token)
+    display.line(f"When it runs, a sequence holds {state} bytes of state, and {kv} bytes a token in bf16")
     if found.fits:
         return 0
     change = smallest_change(pair, distill, gpu, gpus=settings.gpus)

@@ -24,7 +24,7 @@ from hrwkv.layers.attention import Attention
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import Rope
 from hrwkv.layers.time_mix import FirstLayer, TimeMix
-from hrwkv.model.checkpoint import check_names, expected_shapes, load_config, load_model
+from hrwkv.model.checkpoint import load_model, open_weights
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import Block, HybridModel, build_mixer
 from hrwkv.model.shards import ShardReader
@@ -79,10 +79,8 @@ class MixedModel:
     def __init__(
         self, student: Path, teacher: Path, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.config = load_config(student)
+        self.config, reader, _ = open_weights(student)
         self.teacher = load_model(teacher, dtype=dtype, device=device).requires_grad_(False)
-        reader = ShardReader(student)
-        check_names({n: reader.shape(n) for n in reader.names()}, expected_shapes(self.config), student)
         check_shared(reader, self.teacher)
         self.mixers = [
             load_mixer(reader, self.config, layer, dtype=dtype, device=device)
@@ -217,13 +215,16 @@ class Sweep:
         counts: dict[str, int] = {}
         teacher = self.model.teacher
         for walk, hidden in ends:
-            found = measure(
-                teacher.model.norm(hidden[walk.rows]),
-                teacher.lm_head.weight,
-                walk.target,
-                teacher.lm_head.weight,
-                labels=walk.probe.labels[walk.rows],
-            )
+            # Under autocast a GPU multiplies the heads in bf16 and keeps fp32 sums.
+            narrow = hidden.dtype == torch.bfloat16
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=narrow):
+                found = measure(
+                    teacher.model.norm(hidden[walk.rows]),
+                    teacher.lm_head.weight,
+                    walk.target,
+                    teacher.lm_head.weight,
+                    labels=walk.probe.labels[walk.rows],
+                )
             task, values = walk.probe.task, torch.stack([found.student_nll, found.kl, found.agreement])
             sums[task] = sums[task] + values if task in sums else values
             counts[task] = counts.get(task, 0) + len(walk.rows)

@@ -1,4 +1,4 @@
-"""What both kinds of layer share: RMSNorm, RoPE, low-rank products, SwiGLU (docs/hxa079.md, 1, 4, 7, 16)."""
+"""What both kinds of layer share: RMSNorm, low-rank products, SwiGLU (docs/hxa079.md, 1, 7, 16)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,6 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
         return f"{self.weight.numel()}, eps={self.eps}"
-
-
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the halves of each head by its position (hxa079.md 4; RoFormer, arXiv 2104.09864).
-
-    x: [T, H, K]. rope: cos and sin, [T, K / 2] fp32. Returns x's shape and dtype, computed in fp32: bf16
-    tables lose the position beyond a few hundred tokens.
-    """
-    cos, sin = (table.unsqueeze(1) for table in rope)  # [T, 1, K / 2]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from hrwkv.cli.display import count
 from hrwkv.cli.plan import teacher_config
 from hrwkv.convert.transfer import student_config
 from hrwkv.distill.gpus import GIB, GPUS
 from hrwkv.distill.plan import fits
 from hrwkv.distill.plan_memory import Pair, plan_memory
+from hrwkv.model.cache import HybridCache
 from hrwkv.settings import ConvertSettings, DataSettings, DistillSettings, StageSettings
 from tests.cli.conftest import Files, Run
 
@@ -98,6 +101,27 @@ def test_what_does_not_fit_gets_advice_that_fits(recipe: Path, run: Run) -> None
     assert run(*words, *flags).code == 0
     # Each of the advised changes is needed.
     assert all(run(*words, *flags[:n], *flags[n + 1 :]).code == 1 for n in range(len(flags)))
+
+
+def test_what_a_sequence_holds_is_what_a_cache_has(files: Files, run: Run) -> None:
+    words = (
+        "plan",
+        "tiny-demo",
+        "--teacher",
+        files.teacher,
+        "--gpu",
+        "h100",
+        "--convert.attention-layers",
+        2,
+    )
+    config = student_config(
+        teacher_config("tiny-demo", files.teacher), ConvertSettings(attention_layers=(2,))
+    )
+    cache = HybridCache.allocate(config, slots=1, blocks=1, block_size=1, dtype=torch.bfloat16)
+    state = sum(tensor.numel() * tensor.itemsize for tensor in cache.state)
+    kv = sum(tensor.numel() * tensor.itemsize for tensor in (*cache.k_cache, *cache.v_cache))
+    told = re.search(r"holds (.*) bytes of state, and (.*) bytes a token", run(*words).out).groups()
+    assert told == (count(state), count(kv))
 
 
 def test_flag_wins_over_the_recipe(recipe: Path, run: Run) -> None:

@@ -13,6 +13,7 @@ gradients of the weights, which are frozen.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def _rows(x: Tensor, in_8_bits: bool) -> _Rows:
     return _Rows(*_form(x).quantise_rows(x)) if in_8_bits else _Rows(x)
 
 
-def _form(x: Tensor):  # type: ignore[no-untyped-def]  # a module
+def _form(x: Tensor) -> ModuleType:
     """The elementwise work for x's device."""
     if x.is_cuda:
         from hrwkv.kernels.matmul import fused
