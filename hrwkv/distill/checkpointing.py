@@ -37,9 +37,14 @@ Recipe = dict[str, Any]
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write beside, then rename."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside, then rename."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -64,10 +69,15 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def stage_recipe(settings: DistillSettings, stage: int, *, student: Path, teacher: Path) -> Recipe:
-    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting."""
+    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting.
+
+    Nor the size of micro-batches: a run that has met the end of the memory goes on with a smaller one.
+    """
     values = asdict(settings)
     own = {"stage": values[f"stage{stage}"], "data": values["data"]}
-    rest = {name: values[name] for name in ("mode", "seed", "dtype")}
+    del own["stage"]["micro_batch_tokens"]
+    names = ("mode", "seed", "dtype", "frozen_dtype", "spike_factor", "spike_action", "spike_limit")
+    rest = {name: values[name] for name in names}
     models = {"student": model_fingerprint(student), "teacher": model_fingerprint(teacher)}
     flat = {
         f"{part}.{name}": value for part, fields in (own | models).items() for name, value in fields.items()

@@ -12,36 +12,30 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hrwkv.data.packing import next_token_labels
+from hrwkv.distill.frozen import FROZEN
 from hrwkv.distill.losses import Measures, distillation_loss, measure
-from hrwkv.distill.parallel import Ranks, agree, blocks_of, gathered, release, total
+from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.model.checkpoint import open_weights
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import HybridModel
 
-FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
 MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
-
-NOT_THE_TEACHERS = (
-    "mode is 'frozen-mlp', but {} of the student is not the teacher's: use mode 'all', or a student that was "
-    "converted from this teacher and never trained in mode 'all'"
-)
 
 Mode = Literal["all", "frozen-mlp"]
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """This process's part of a global batch, and the global counts that losses are divided by.
+    """This process's part of a micro-batch, and the counts of the whole step that losses are divided by.
 
-    token_ids: [T] int64; batch: its sequences; num_tokens, num_labels: of the global batch.
+    token_ids: [T] int64, T the same on all processes; batch: its sequences; num_tokens, num_labels: of all
+    micro-batches of a step on all processes. So the results and gradients of micro-batches just add up.
     """
 
     token_ids: Tensor
@@ -54,6 +48,7 @@ class StepInput:
 class StepResult:
     """What a step leaves beside the gradients; unread tensors, summed over processes.
 
+    Those of a micro-batch are its part of the step's: they add up too.
     loss: scalar. layer_loss: [L] in stage 1. kl, agreement: scalars, means over the tokens, in
     stages 2 and 3.
     """
@@ -80,8 +75,16 @@ class StepOptions:
     backward: Callable[[Tensor], None] = Tensor.backward
 
     def autocast(self) -> torch.autocast:
-        """A context for forward passes."""
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        """A context for forward passes.
+
+        Casts are not kept: each weight is used once, and kept casts would be a second copy of the model.
+        """
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def share(self, inputs: StepInput) -> float:
+        """The micro-batch's tokens on all processes over the step's: the weight of a mean over them."""
+        return len(inputs.token_ids) * self.ranks.world / inputs.num_tokens
 
 
 StepFunction = Callable[[HybridModel, HybridModel, StepInput, StepOptions], StepResult]
@@ -104,7 +107,7 @@ def align_step(
 
     t_l is the output of the teacher's mixer l, s_l the student's on the same normed input. Inputs are the
     teacher's, and the first layer's value and key are passed on without their graph, so each layer's backward
-    runs before the next layer's forward.
+    runs before the next layer's forward. Of several micro-batches it is the mean, weighted by tokens.
     """
     batch, ranks, losses = inputs.batch, options.ranks, []
     rope, student_rope = teacher.model.rope(batch), student.model.rope(batch)
@@ -118,7 +121,7 @@ def align_step(
                 target, _ = block.mix(x, batch, rope)
                 hidden = block.feed_forward(hidden + target)
             y, first = own.mix(x, batch, student_rope, first)
-        loss = relative_error(y, target, ranks)
+        loss = relative_error(y, target, ranks) * options.share(inputs)
         options.backward(loss * (1 / len(student.model.layers)))
         losses.append(loss.detach())
         first = None if first is None else (first[0].detach(), first[1].detach())
@@ -127,7 +130,7 @@ def align_step(
 
 
 def relative_error(ours: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
-    """This process's part of ``||ours - target||^2 / ||target||^2`` over the global batch, fp32."""
+    """This process's part of ``||ours - target||^2 / ||target||^2`` over all processes' tokens, fp32."""
     size = total(target.float().square().sum(), ranks)
     return (ours.float() - target.float()).square().sum() / size
 
@@ -162,7 +165,8 @@ def distill_step(
         release(teacher)
         if stream and targets:
             errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
-            loss = loss + options.hidden_weight * torch.stack(errors).mean()
+            weight = options.hidden_weight * options.share(inputs)
+            loss = loss + weight * torch.stack(errors).mean()
         options.backward(loss)
     means = torch.stack([loss.detach(), sums.kl / inputs.num_tokens, sums.agreement / inputs.num_tokens])
     summed_loss, kl, agreement = total(means, ranks).unbind()
@@ -212,37 +216,6 @@ def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
     unread = student.config.unread_parameters
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains(name, stage=stage, mode=mode, unread=unread))
-
-
-def share_frozen(student: HybridModel, teacher: HybridModel) -> None:
-    """Make the frozen weights of mode ``frozen-mlp`` the teacher's own tensors, so that they exist once.
-
-    For models that are not sharded. Raises ValueError where they differ: the student has been trained in mode
-    ``all``, or has another teacher.
-    """
-    theirs = dict(teacher.named_parameters())
-    for name, parameter in list(student.named_parameters()):
-        if FROZEN.fullmatch(name) is None:
-            continue
-        other = theirs.get(name)
-        if other is None or other.shape != parameter.shape or not torch.equal(parameter.to(other), other):
-            raise ValueError(NOT_THE_TEACHERS.format(name))
-        owner, _, leaf = name.rpartition(".")
-        setattr(student.get_submodule(owner), leaf, other)
-    student.tie_weights()
-
-
-def check_frozen(student: Path, teacher: Path, *, ranks: Ranks, dtype: torch.dtype) -> None:
-    """The check of ``share_frozen`` on model directories: sharded models keep their weights apart.
-
-    dtype: in which both are compared. Each process reads its share of the tensors; raises on all of them.
-    """
-    (_, ours, names), (_, theirs, known) = open_weights(student), open_weights(teacher)
-    error = None
-    for name in [name for name in names if FROZEN.fullmatch(name)][ranks.rank :: ranks.world]:
-        if name not in known or not torch.equal(ours.read(name).to(dtype), theirs.read(name).to(dtype)):
-            error = ValueError(NOT_THE_TEACHERS.format(name))
-    agree(error, ranks)
 
 
 def check_pair(student: HybridConfig, teacher: HybridConfig) -> None:

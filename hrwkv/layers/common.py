@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hrwkv.kernels.norm import rms_norm
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
 
@@ -19,8 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] any float dtype; the result has x's shape and dtype."""
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
@@ -52,6 +54,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, D] -> [T, D]."""
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """x: [T, D] -> [T, D]; ``recompute`` keeps x alone for the backward pass."""
+        if recompute:
+            y: Tensor = checkpoint(self.forward, x, use_reentrant=False)
+            return y
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

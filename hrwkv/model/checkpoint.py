@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.families import config_from_teacher, family_of
@@ -86,18 +88,39 @@ def open_weights(path: Path | str) -> tuple[HybridConfig, ShardReader, list[str]
     return config, reader, names
 
 
+class Fitting(Protocol):
+    """Gives parts of a model another form before weights are read, and takes those parts' weights."""
+
+    def prepare(self, model: HybridModel) -> None:
+        """Replace modules of a model on the meta device."""
+
+    def take(self, model: HybridModel, name: str, weight: Tensor) -> bool:
+        """See each weight as it is read, mapped on the CPU; True if it has been dealt with."""
+
+
 def load_model(
-    path: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    fitting: Fitting | None = None,
 ) -> HybridModel:
     """A model from one of our directories, or from a teacher's, in evaluation mode.
 
+    One tensor after another goes to its device, so nothing is held twice. fitting: what takes some of them.
     Raises CheckpointError for anything missing, left over, mis-shaped or truncated; ValueError for a config
     that we do not carry.
     """
     config, reader, names = open_weights(path)
     with torch.device("meta"):
         model = HybridModel(config)
-    weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in names}
+    if fitting is not None:
+        fitting.prepare(model)
+    weights = {}
+    for name in names:
+        weight = reader.read(name)
+        if fitting is None or not fitting.take(model, name, weight):
+            weights[name] = weight.to(device=device, dtype=dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.eval()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from hrwkv.distill import trainer
+from hrwkv.distill import loop
+from hrwkv.distill.checkpointing import model_fingerprint
 from hrwkv.distill.logs import Progress
+from hrwkv.distill.loop import RunStoppedError
 from hrwkv.distill.trainer import distill
 from hrwkv.model.checkpoint import load_model, save_model
 from hrwkv.settings import DataSettings, DistillSettings, StageSettings
@@ -136,6 +139,51 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_that_step(
+    directories: Directories, whole: Path, tmp_path: Path, stage: int
+) -> None:
+    student, teacher, text = directories
+    cut, seen = tmp_path / "cut", []
+    with pytest.raises(RunStoppedError, match=f"after step 5/8 of stage {stage}"):
+        distill(
+            student,
+            teacher,
+            cut,
+            recipe(text, checkpoint_every=0),
+            stages=(1, 2),
+            resume=False,
+            observer=seen.append,
+            stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, 5),
+        )
+    assert os.listdir(cut / "checkpoints") == [f"stage{stage}-step0000005"]
+    distill(student, teacher, cut, recipe(text), stages=(1, 2), resume=True, observer=ignore)
+    assert rows(cut) == rows(whole)
+
+
+def test_a_stop_between_stages_is_not_forgotten(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    out, seen = tmp_path / "out", []
+    with pytest.raises(RunStoppedError, match="after stage 1"):
+        distill(
+            student, teacher, out, recipe(text), stages=(1, 2), resume=False, observer=seen.append,
+            stop=lambda: seen[-1].step == STEPS,
+        )  # fmt: skip
+    assert (out / "stage1").exists()
+    assert {progress.stage for progress in seen} == {1}
+
+
+def test_stage_2_starts_from_a_selection(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    out = tmp_path / "out"
+    distill(student, teacher, out, recipe(text), stages=(1,), resume=False, observer=ignore)
+    shutil.copytree(student, out / "selected")
+    distill(student, teacher, out, recipe(text), stages=(2,), resume=False, observer=ignore)
+    recipes = json.loads((out / "recipe.json").read_text())
+    assert recipes["2"]["student.weights"] == model_fingerprint(student)["weights"]
+    assert recipes["2"]["student.weights"] != model_fingerprint(out / "stage1")["weights"]
+
+
 KILLED_RUN = """
 import os, signal, sys, torch
 from pathlib import Path
@@ -240,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     save_model(model, tmp_path / "bad", companions=student)
     message = {
         1: "stage 1, step 1: the loss of layer 1 is not finite",
-        2: "stage 2, step 1: the loss is not finite",
+        2: "stage 2, step 1: the loss is not finite, first in the output of layer 1 of the student",
     }
     with pytest.raises(ValueError, match=message[stage]):
         distill(
@@ -259,14 +307,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, text = directories
-    set_rate = trainer.set_learning_rate
+    set_rate = loop.set_learning_rate
 
     def spoil(optimiser: torch.optim.Optimizer, factor: float) -> None:
         set_rate(optimiser, factor)
         parameter = optimiser.param_groups[0]["params"][0]
         parameter.register_hook(lambda gradient: gradient * torch.inf)
 
-    monkeypatch.setattr(trainer, "set_learning_rate", spoil)
+    monkeypatch.setattr(loop, "set_learning_rate", spoil)
     name = "model.embed_tokens.weight"
     with pytest.raises(ValueError, match=rf"stage 2, step 1: the gradient \({name}\) is not finite"):
         distill(student, teacher, tmp_path / "out", recipe(text), stages=(2,), resume=False, observer=ignore)

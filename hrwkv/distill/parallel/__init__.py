@@ -43,7 +43,7 @@ from hrwkv.distill.parallel.ranks import (
     whole_shape,
 )
 from hrwkv.distill.parallel.zero import ZeroEngine, open_partitioned
-from hrwkv.model.checkpoint import load_model
+from hrwkv.model.checkpoint import Fitting, load_model
 from hrwkv.model.modeling import HybridModel
 
 __all__ = [
@@ -72,21 +72,20 @@ def open_model(
     dtype: torch.dtype,
     trains: Callable[[str], bool] | None = None,
     kind: Kind = "fsdp2",
-    adapt: Callable[[HybridModel], None] | None = None,
+    fitting: Fitting | None = None,
 ) -> HybridModel:
     """A model on this process's device, in evaluation mode; of several processes each holds its part.
 
     dtype: what it computes in. trains: whether the parameter of a name gets gradients and an fp32 master;
-    None says no for all, which makes a teacher. kind: of the engine that will train it. adapt: changes a
-    model that is not sharded before it moves to the device. Raises what ``load_model`` raises.
+    None says no for all, which makes a teacher. kind: of the engine that will train it. fitting: gives a
+    model that is not sharded other parts as it is read. Raises what ``load_model`` raises.
     """
     if ranks.world == 1:
-        model = load_model(path, dtype=dtype if trains is None else torch.float32)
+        kept = dtype if trains is None else torch.float32
+        model = load_model(path, dtype=kept, device=ranks.device, fitting=fitting)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains is not None and trains(name))
-        if adapt is not None:
-            adapt(model)
-        return model.to(ranks.device)
+        return model
     if kind == "fsdp2" or trains is None:
         return open_sharded(path, ranks, dtype=dtype, trains=trains or _never)
     return open_partitioned(path, ranks, stage=_stage(kind), dtype=dtype, trains=trains)
