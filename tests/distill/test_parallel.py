@@ -79,6 +79,9 @@ def run_on_two(student: Path, teacher: Path, text: Path, out: Path, *, device: s
 
     def run(name: str, mode: str, kind: str, *, cut: str = "", resume: bool = False) -> None:
         settings = settings_for(text, mode, kind, device)
+        # Two micro-batches a step; stage 1's loss is relative to the size of each, so it has one.
+        stage2 = replace(settings.stage2, micro_batch_tokens=16)
+        settings = replace(settings, stage2=stage2, reduce_each_micro_batch=resume)
         observer = copy_at_cut(out / name, out / cut) if cut else ignore
         distill(student, teacher, out / name, settings, stages=(1, 2), resume=resume, observer=observer)
 
@@ -120,7 +123,7 @@ def look_into(
     token_ids = torch.randint(260, (64,), generator=torch.Generator().manual_seed(3))
     inputs = split_rows(token_ids, TokenBatch.from_lengths([16] * 4), context_length=16, ranks=ranks)
     found: dict[str, Any] = {}
-    for stage in (1, 2):
+    for stage in (1, 2) if dtype == torch.float32 else (2,):
         engine = engine_for(path, ranks, kind=kind, dtype=dtype, stage=stage)
         options = StepOptions(ranks, dtype=dtype, backward=engine.backward)
         set_learning_rate(engine.optimiser, 0.0)
@@ -218,9 +221,16 @@ def assert_same(one: Rows, other: Rows, rel: float = 2e-5) -> None:
     """Sums of fp32 in another order, carried through 16 AdamW steps: five digits stay."""
     assert [(row["stage"], row["step"]) for row in one] == [(row["stage"], row["step"]) for row in other]
     for mine, theirs in zip(one, other, strict=True):
-        names = ["loss", "grad_norm"] + (["layer_loss"] if mine["stage"] == 1 else ["kl", "agreement"])
-        for name in [*names, *(["validation"] if "validation" in mine else [])]:
-            assert theirs[name] == pytest.approx(mine[name], rel=rel), (mine["stage"], mine["step"], name)
+        assert numbers(theirs) == pytest.approx(numbers(mine), rel=rel), (mine["stage"], mine["step"])
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What one step measured, layers and validation included."""
+    names = ["loss", "grad_norm"] + ([] if row["stage"] == 1 else ["kl", "agreement"])
+    layers = {f"layer {layer}": loss for layer, loss in enumerate(row.get("layer_loss", ()))}
+    held_out = {f"validation {name}": value for name, value in row.get("validation", {}).items()}
+    found = {name: row[name] for name in names} | layers | held_out
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @pytest.mark.slow
@@ -267,7 +277,7 @@ def test_micro_batches_add_up_and_a_discarded_one_leaves_nothing(two: Path, kind
     """Two equal ones have twice the gradient; in bfloat16 their parts may be rounded apart."""
     found = json.loads((two / "found.json").read_text())[f"{kind}-{dtype}"]
     rel = 1e-5 if dtype == "float32" else 1e-2
-    for stage in ("1", "2"):
+    for stage in ("1", "2") if dtype == "float32" else ("2",):
         single, double, after = found[stage]
         assert double == pytest.approx(2 * single, rel=rel), stage
         assert after == pytest.approx(single, rel=rel), stage
