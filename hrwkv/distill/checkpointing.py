@@ -32,6 +32,16 @@ PARTIAL = re.compile(r"\.stage\d-step\d{7}\.partial")
 KEPT = 2
 FINGERPRINT_BYTES = 2**20
 
+# Settings that change no loss but for the order of sums.
+COSTS = (
+    ("stage", "micro_batch_tokens"),
+    ("stage", "gradient_checkpointing"),
+    ("stage", "keep"),
+    ("data", "workers"),
+    ("data", "prefetch"),
+    ("data", "cache"),
+)
+
 Recipe = dict[str, Any]
 
 
@@ -71,11 +81,13 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 def stage_recipe(settings: DistillSettings, stage: int, *, student: Path, teacher: Path) -> Recipe:
     """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting.
 
-    Nor the size of micro-batches: a run that has met the end of the memory goes on with a smaller one.
+    Nor what only costs memory or time: a run that has met the end of the memory may go on with smaller
+    micro-batches.
     """
     values = asdict(settings)
     own = {"stage": values[f"stage{stage}"], "data": values["data"]}
-    del own["stage"]["micro_batch_tokens"]
+    for part, name in COSTS:
+        del own[part][name]
     names = ("mode", "seed", "dtype", "frozen_dtype", "spike_factor", "spike_action", "spike_limit")
     rest = {name: values[name] for name in names}
     models = {"student": model_fingerprint(student), "teacher": model_fingerprint(teacher)}

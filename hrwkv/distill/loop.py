@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hrwkv.data.prefetch import Prefetch
 from hrwkv.distill.checkpointing import Checkpoint, Checkpoints
 from hrwkv.distill.guard import Attempt, RestartError, SpikeGuard, first_bad_block, first_bad_gradient
 from hrwkv.distill.logs import Observer, Reporter, RunLog, metrics_of
@@ -32,9 +33,6 @@ logger = logging.getLogger(__name__)
 # Steps between two looks at the metrics; each look makes the host wait for the device.
 STEPS_PER_READ = {"cpu": 1, "cuda": 10}
 
-# batch(i): token ids [T] int64 and their sequences of step i + 1, all processes' rows.
-Batches = Callable[[int], tuple[Tensor, TokenBatch]]
-
 
 class RunStoppedError(Exception):
     """A run that was asked to stop has finished its step and written a checkpoint."""
@@ -42,14 +40,17 @@ class RunStoppedError(Exception):
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a stage works with; stop: asked after each step if it must end, source: where it began."""
+    """What a stage works with; stop: asked after each step if it must end, source: where it began.
+
+    stream: batch i is of step i + 1, with the rows of all processes.
+    """
 
     number: int
     settings: DistillSettings
     teacher: HybridModel
     engine: Engine
     options: StepOptions
-    batches: Batches
+    stream: Prefetch
     validator: Validator
     checkpoints: Checkpoints
     source: Path
@@ -76,6 +77,7 @@ class StageLoop:
         self.guard = SpikeGuard(parts.settings.spike_factor, extra.get("losses", ()))
         if begun is not None:
             parts.engine.load_moments(begun.moments)
+            parts.stream.load_state_dict(extra["stream"])
 
     def train(self) -> None:
         """Run the steps.
@@ -99,6 +101,7 @@ class StageLoop:
                 self._step(step)
                 self._look_up(step)
         finally:
+            self.parts.stream.close()
             self.reporter.close()
 
     def _look_up(self, step: int) -> None:
@@ -115,7 +118,11 @@ class StageLoop:
         if stops and not reads:
             self.reporter.read(None, check=self._check)
         if saves or stops:
-            extra = {"losses": list(self.guard.losses), "left_out": sorted(self.left_out)}
+            extra = {
+                "losses": list(self.guard.losses),
+                "left_out": sorted(self.left_out),
+                "stream": self.parts.stream.state_dict(),
+            }
             self.parts.checkpoints.save(
                 self.parts.number, step, self.parts.engine, source=self.parts.source, extra=extra
             )
@@ -133,7 +140,7 @@ class StageLoop:
         engine = self.parts.engine
         set_learning_rate(engine.optimiser, factor)
         inputs = micro_batches(
-            *self.parts.batches(step - 1),
+            *self.parts.stream.batch(step - 1),
             context_length=self.run_settings.context_length(self.parts.number),
             tokens=self.settings.micro_batch_tokens,
             ranks=self.ranks,

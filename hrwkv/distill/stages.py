@@ -251,7 +251,7 @@ def split_rows(token_ids: Tensor, batch: TokenBatch, *, context_length: int, ran
     own = tuple(length for length, end in zip(batch.lengths, ends, strict=True) if start < end <= stop)
     assert sum(own) == share
     return StepInput(
-        token_ids=token_ids[start:stop].to(ranks.device),
+        token_ids=token_ids[start:stop].to(ranks.device, non_blocking=True),
         batch=TokenBatch.from_lengths(own, device=ranks.device),
         num_tokens=token_ids.shape[0],
         num_labels=sum(length - 1 for length in batch.lengths if length > 0),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hrwkv.distill.checkpointing import (
     Checkpoints,
@@ -37,7 +36,6 @@ from hrwkv.distill.stages import (
     trains,
 )
 from hrwkv.distill.validation import Validator, passkey_samples
-from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.checkpoint import load_config
 from hrwkv.model.modeling import HybridModel
 from hrwkv.model.shards import read_json
@@ -168,9 +166,7 @@ class _Run:
     def stage(self, number: int, *, source: Path, recipes: dict[str, Recipe]) -> None:
         """Run one stage, from its last checkpoint if there is one, and write its model directory."""
         recipe = stage_recipe(self.settings, number, student=source, teacher=self.teacher_path)
-        self._micro_batches(
-            number, self.corpus.stream(self.settings, number).batch(0)
-        )  # refuses before writing
+        self._dev(number)  # refuses what cannot be divided before anything is written
         recipes[str(number)] = recipe
         if self.ranks.is_first:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +214,6 @@ class _Run:
             dtype=self.dtype,
             backward=engine.backward,
         )
-        dev = self.corpus.validation_batches(settings, number)
         samples = passkey_samples(self.tokenizer, self.corpus, settings, stage=number, ranks=self.ranks)
         return StageParts(
             number=number,
@@ -226,10 +221,8 @@ class _Run:
             teacher=self.teacher,
             engine=engine,
             options=options,
-            batches=self.corpus.stream(settings, number).batch,
-            validator=Validator(
-                self.teacher, options, [self._micro_batches(number, batch) for batch in dev], samples
-            ),
+            stream=self.corpus.stream(settings, number, pin=self.ranks.device.type == "cuda"),
+            validator=Validator(self.teacher, options, self._dev(number), samples),
             checkpoints=checkpoints,
             source=source,
             out=self.out,
@@ -237,13 +230,14 @@ class _Run:
             stop=self.stop,
         )
 
-    def _micro_batches(self, number: int, batch: tuple[Tensor, TokenBatch]) -> list[StepInput]:
-        return micro_batches(
-            *batch,
-            context_length=self.settings.context_length(number),
-            tokens=self.settings.stage(number).micro_batch_tokens,
-            ranks=self.ranks,
-        )
+    def _dev(self, number: int) -> list[list[StepInput]]:
+        """The validation's batches, each as this process's micro-batches."""
+        settings, ranks = self.settings, self.ranks
+        tokens, length = settings.stage(number).micro_batch_tokens, settings.context_length(number)
+        return [
+            micro_batches(*batch, context_length=length, tokens=tokens, ranks=ranks)
+            for batch in self.corpus.validation_batches(settings, number)
+        ]
 
     def open_student(self, path: Path, number: int) -> HybridModel:
         """The student of a stage on this process's device, with gradients for what trains in it."""

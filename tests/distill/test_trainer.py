@@ -184,6 +184,23 @@ def test_stage_2_starts_from_a_selection(directories: Directories, tmp_path: Pat
     assert recipes["2"]["student.weights"] != model_fingerprint(out / "stage1")["weights"]
 
 
+def test_a_streamed_run_goes_on_where_it_was_in_the_text(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(text.iterdir())]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    settings = recipe(tmp_path / "text.jsonl")
+    data = replace(settings.data, tokenise="stream", shuffle_rows=3, dev_bytes=500)
+    settings = replace(settings, data=data)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    distill(student, teacher, whole, settings, stages=(2,), resume=False, observer=ignore)
+    with pytest.raises(StoppedError, match=r"\d"):
+        distill(student, teacher, cut, settings, stages=(2,), resume=False, observer=stop_at(2, 7))
+    facts = json.loads((cut / "checkpoints" / "stage2-step0000006" / "trainer.json").read_text())
+    assert facts["extra"]["stream"]["sources"][0]["block"] == 3  # rows 9 to 11, the last of step 6
+    distill(student, teacher, cut, settings, stages=(2,), resume=True, observer=ignore)
+    assert rows(cut) == rows(whole)
+
+
 KILLED_RUN = """
 import os, signal, sys, torch
 from pathlib import Path
