@@ -231,7 +231,7 @@ def measure(
     for _ in range(options.steps):
         loss = step(engine, teacher, case, inputs, run)
     seconds = (now(ranks.device) - began) / options.steps
-    if options.profile and ranks.is_first:
+    if options.profile:
         profile(engine, teacher, case, inputs, run)
     engine.discard()
     tokens = inputs[0].num_tokens
@@ -267,7 +267,8 @@ def profile(
         step(engine, teacher, case, inputs[:1], options)
         now(options.ranks.device)
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70))
+    if options.ranks.is_first:
+        print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70))
 
 
 def attempt(

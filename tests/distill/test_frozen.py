@@ -14,13 +14,15 @@ from hrwkv.distill.frozen import EIGHT_BITS, FROZEN, Quantised, Shared
 from hrwkv.distill.parallel import Ranks
 from hrwkv.distill.stages import STAGES, StepInput, StepOptions, StepResult, set_trainable, trains
 from hrwkv.distill.trainer import distill
+from hrwkv.kernels import matmul
+from hrwkv.layers import common
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.layers.linear import FrozenLinear
+from hrwkv.layers.linear import FrozenLinear, FrozenSwiGLU
 from hrwkv.model.checkpoint import load_model, save_model
-from hrwkv.model.modeling import HybridModel
+from hrwkv.model.modeling import HybridModel, Keep
 from hrwkv.model.shards import ShardReader
 from hrwkv.settings import DataSettings, DistillSettings, StageSettings
-from tests.builders import hybrid_model
+from tests.builders import hybrid_model, random_ids
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 12, 4)
@@ -189,3 +191,47 @@ def test_8_bits_in_mode_all_are_refused() -> None:
 def test_a_choice_of_what_is_kept_without_checkpointing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stage.keep is 'mlp', expected nothing, or gradient_checkpointing"):
         StageSettings(keep="mlp")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ("nothing", 4 * 32),  # the block's input
+        (
+            "stream",
+            2 * 4 * 32 + 4 + 32 + 4,
+        ),  # and the stream between the halves, a norm's and a row's scale, x
+        ("mlp", 2 * 4 * 32 + 4 + 2 * 4 * 48),  # and, in place of x in 8 bits, gate and up
+    ],
+)
+def test_bytes_of_a_token_that_a_block_keeps(
+    keep: Keep, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: fused norms, inputs in 8 bits. In fp32 here, so that the interpreter can run the norms."""
+    fused = pytest.importorskip("hrwkv.kernels.norm.fused")
+    monkeypatch.setattr(common, "rms_norm", fused.rms_norm)
+    monkeypatch.setattr(matmul, "rounds_inputs", lambda weight: True)
+    tokens, totals = 40, []
+    for layers in (3, 5):
+        sizes = {"num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 48}
+        student = hybrid_model((2,), **sizes).train()
+        for block in student.model.layers:
+            frozen = FrozenSwiGLU(32, 48, dtype=torch.float8_e4m3fn)
+            for name, linear in block.mlp.named_children():
+                frozen.get_submodule(name).fill(linear.weight.detach())
+            block.mlp = frozen
+        set_trainable(student, stage=STAGES[2], mode="frozen-mlp")
+        student.model.gradient_checkpointing, student.model.keep = True, keep
+        kept: dict[int, int] = {}
+
+        def pack(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            if not isinstance(x, torch.nn.Parameter):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = student(random_ids(tokens), TokenBatch.from_lengths([tokens]))
+        totals.append(sum(kept.values()))
+        del hidden
+    assert (totals[1] - totals[0]) / 2 / tokens == expected

@@ -12,6 +12,7 @@ from hrwkv.kernels.matmul import naive
 
 fused = pytest.importorskip("hrwkv.kernels.matmul.fused")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, Triton's interpreter
 WIDTHS = [1, 300, 2048, 4500]
 
 
@@ -36,11 +37,11 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(value, reference, atol=1e-3, rtol=1e-5)
 
 
-def inputs(width: int, *, device: str = "cpu") -> tuple[Tensor, ...]:
+def inputs(width: int) -> tuple[Tensor, ...]:
     """Gradient, gate, up [5, width] with a row of zeros, and two rows of columns."""
-    x = torch.randn(3, 5, width, device=device)
+    x = torch.randn(3, 5, width, device=DEVICE)
     x[:, 3] = 0
-    return *x, *torch.rand(2, width, device=device)
+    return *x, *torch.rand(2, width, device=DEVICE)
 
 
 @pytest.mark.usefixtures("unrounded")
@@ -65,7 +66,7 @@ def test_naive_gradients_are_autograds() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 130), (64, 64), (3, 200)], ids=str)
 def test_transpose(shape: tuple[int, int]) -> None:
-    values = torch.randint(-128, 128, shape, dtype=torch.int8)
+    values = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE)
     turned = fused.transpose(values.view(torch.float8_e4m3fn)).view(torch.int8)
     assert turned.is_contiguous()
     assert torch.equal(turned, values.T)
@@ -74,7 +75,7 @@ def test_transpose(shape: tuple[int, int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [300, 19648])
 def test_rounded_rows_on_a_gpu(width: int) -> None:
-    grad, gate, up, first, second = inputs(width, device="cuda")
+    grad, gate, up, first, second = inputs(width)
     found = fused.quantise_rows(gate, columns=first)
     expected = naive.quantise_rows(gate, columns=first)
     assert torch.equal(found[1], expected[1])

@@ -8,6 +8,7 @@ from hrwkv.kernels.norm import naive, rms_norm
 
 fused = pytest.importorskip("hrwkv.kernels.norm.fused")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, Triton's interpreter
 # fp32 sums over up to 300 elements; bf16 rounds the result once.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
@@ -23,12 +24,11 @@ def outputs(form, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    x, grad = torch.randn(2, *shape, dtype=torch.float64)
-    return (
-        x * torch.logspace(-2, 2, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1)),
-        (1 + 0.3 * torch.randn(shape[-1], dtype=torch.float64)),
-        grad,
-    )
+    """x with rows of very different size, the weight, and a gradient of the result."""
+    x, grad = torch.randn(2, *shape, dtype=torch.float64, device=DEVICE)
+    sizes = torch.logspace(-2, 2, shape[0], dtype=torch.float64, device=DEVICE)
+    weight = 1 + 0.3 * torch.randn(shape[-1], dtype=torch.float64, device=DEVICE)
+    return x * sizes.view(-1, *[1] * (len(shape) - 1)), weight, grad
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -60,7 +60,7 @@ def test_a_frozen_weight_changes_no_gradient_of_x() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1000, 6144), (700, 64, 96), (3, 16384)], ids=str)
 def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight, grad = (value.cuda() for value in inputs(shape))
+    x, weight, grad = inputs(shape)
     x, grad = (value.to(dtype).double() for value in (x, grad))
     expected = outputs(exact, x, weight, grad)
     found = outputs(rms_norm, x.to(dtype), weight, grad.to(dtype))
