@@ -81,4 +81,5 @@ def _show(display: Display, found: Selection) -> None:
         name = f"{row.layer} attention" if row.layer in found.layers else str(row.layer)
         nlls = [f"{score.nll:.4f}" for score in row.tasks.values()]
         rows.append([name, f"{row.score:.4f}", f"{row.tasks['text'].kl:.4f}", *nlls])
-    display.table(f"Layers by {found.method}; nll and KL in nats per token", header, rows)
+    by = f"{found.method} ({', '.join(found.tasks)})" if found.tasks else found.method
+    display.table(f"Layers by {by}; nll and KL in nats per token", header, rows)

@@ -33,7 +33,7 @@ from hrwkv.settings import SelectSettings
 
 TEXT = "text"
 # What may differ when an interrupted selection goes on: it decides no score.
-FREE = ("keep", "layers", "epsilon", "device")
+FREE = ("keep", "layers", "epsilon", "min_recall", "device")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,14 @@ def select(
             selection = by_greedy(sweep, ledger, keep=keep, clock=_Clock(observer, num_layers, rounds=keep))
         else:
             clock = _Clock(observer, num_layers, rounds=1)
-            selection = by_recall(sweep, ledger, keep=keep, epsilon=settings.epsilon, clock=clock)
+            selection = by_recall(
+                sweep,
+                ledger,
+                keep=keep,
+                epsilon=settings.epsilon,
+                min_recall=settings.min_recall,
+                clock=clock,
+            )
     write_selection(selection, out, student=student, teacher=teacher, settings=settings)
     ledger_path(out).unlink(missing_ok=True)
     return selection
@@ -123,24 +130,47 @@ def _checked(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def by_recall(sweep: Sweep, ledger: Ledger, *, keep: int, epsilon: float, clock: _Clock) -> Selection:
+def by_recall(
+    sweep: Sweep, ledger: Ledger, *, keep: int, epsilon: float, min_recall: float, clock: _Clock
+) -> Selection:
     """The ``keep`` layers whose replacement costs recall most for what it costs ability."""
     num_layers = len(sweep.model.blocks)
+    tasks = counted_tasks(sweep.teacher_scores(), min_recall=min_recall)
     found = _walk(sweep, ledger, [False] * num_layers, range(1, num_layers), number=0, clock=clock)
-    scores = recall_scores(found, epsilon=epsilon)
+    scores = recall_scores(found, tasks=tasks, epsilon=epsilon)
     best = sorted(scores, key=lambda layer: (-scores[layer], layer))[:keep]
     rows = tuple(LayerResult(layer, scores[layer], found[layer]) for layer in sorted(scores))
-    return Selection("recall", tuple(sorted(best)), rows, found[None])
+    return Selection("recall", tuple(sorted(best)), rows, found[None], tasks)
 
 
-def recall_scores(found: dict[int | None, Scores], *, epsilon: float) -> dict[int, float]:
+def counted_tasks(teacher: Scores, *, min_recall: float) -> tuple[str, ...]:
+    """The recall tasks that the teacher solves; in the others a swap moves nothing but noise.
+
+    Raises ValueError if it solves none.
+    """
+    recall = {task: score.recall for task, score in teacher.items() if task != TEXT}
+    tasks = tuple(task for task, value in recall.items() if value >= min_recall)
+    if not tasks:
+        best = max(recall, key=lambda task: recall[task])
+        raise ValueError(
+            f"the teacher recalls too little to choose layers by it (best: {recall[best]:.2g} in {best}, "
+            f"expected {min_recall:g}): use --method greedy, or lower min_recall"
+        )
+    return tasks
+
+
+def recall_scores(
+    found: dict[int | None, Scores], *, tasks: Sequence[str], epsilon: float
+) -> dict[int, float]:
     """``(max R - R_i) / (max C - C_i + epsilon)`` per layer (HALO, arXiv 2601.22156), higher: keep it.
 
-    R: mean log-probability of answers over the recall tasks, C: of held-out text, both in nats per token.
+    R: ``Score.recall``, the mean over ``tasks``. C: mean log-likelihood of held-out text, nats per token.
     found: scores with each layer replaced, and at None of the teacher, which counts for both maxima: over
     the replaced models alone, the one of least harm would be divided by epsilon only.
     """
-    recall = {layer: _recall(scores) for layer, scores in found.items()}
+    recall = {
+        layer: sum(scores[task].recall for task in tasks) / len(tasks) for layer, scores in found.items()
+    }
     ability = {layer: -scores[TEXT].nll for layer, scores in found.items()}
     most_recall, most_ability = max(recall.values()), max(ability.values())
     return {
@@ -148,11 +178,6 @@ def recall_scores(found: dict[int | None, Scores], *, epsilon: float) -> dict[in
         for layer in found
         if layer is not None
     }
-
-
-def _recall(scores: Scores) -> float:
-    values = [-score.nll for task, score in scores.items() if task != TEXT]
-    return sum(values) / len(values)
 
 
 def by_greedy(sweep: Sweep, ledger: Ledger, *, keep: int, clock: _Clock) -> Selection:

@@ -35,12 +35,14 @@ class Selection:
     """The layers that stay attention, in order; rows and base are empty where nothing was measured.
 
     base: scores by task of the model without a swap: the teacher (recall), the student of stage 1 (greedy).
+    tasks: those that recall was measured by.
     """
 
     method: str
     layers: tuple[int, ...]
     rows: tuple[LayerResult, ...] = ()
     base: Scores | None = None
+    tasks: tuple[str, ...] = ()
 
 
 def write_selection(

@@ -9,6 +9,7 @@ embeddings; they are computed from there also where the model's own layer 0 is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Score:
     nll: float
     kl: float
     agreement: float
+
+    @property
+    def recall(self) -> float:
+        """Geometric mean of the labels' probabilities, 0 to 1: an accuracy that moves smoothly."""
+        return math.exp(-self.nll)
 
 
 Scores = dict[str, Score]
@@ -151,23 +157,26 @@ def check_shared(reader: ShardReader, teacher: HybridModel) -> None:
 
 @dataclass
 class _Walk:
-    """A probe on its way through the layers; rows: [A] int64, the labelled tokens; target: [A, D]."""
+    """A probe on its way through the layers; hidden: the residual stream [T, D] before the next one."""
 
     probe: Probe
     hidden: Tensor
     rope: Rope
     first: FirstLayer | None
-    rows: Tensor
-    target: Tensor
 
 
 class Sweep:
     """Probes and the teacher's own hidden states for them, to be walked as often as wanted."""
 
     def __init__(self, model: MixedModel, probes: Sequence[Probe], *, device: torch.device | str) -> None:
-        self.model, self.device = model, device
+        self.model = model
         self.probes = [_moved(probe, device) for probe in probes]
-        self._targets = [self._teacher(probe) for probe in self.probes]
+        self._rows = [_scored_rows(probe) for probe in self.probes]
+        with torch.no_grad():
+            self._targets = [
+                model.teacher(probe.token_ids, probe.batch)[rows]  # [A, D], where the probe is scored
+                for probe, rows in zip(self.probes, self._rows, strict=True)
+            ]
 
     @torch.no_grad()
     def walk(self, linear: Sequence[bool], swapped: Sequence[int]) -> Iterator[tuple[int | None, Scores]]:
@@ -176,26 +185,24 @@ class Sweep:
         linear: whether a layer has the student's mixer, for each layer. The last pair is (None, scores) of
         the model as it is.
         """
-        walks = [self._start(probe, target) for probe, target in zip(self.probes, self._targets, strict=True)]
+        walks = [self._start(probe) for probe in self.probes]
         for layer, is_linear in enumerate(linear):
             if layer in swapped:
                 kinds = [*linear[:layer], not is_linear, *linear[layer + 1 :]]
-                yield layer, self._scores([(walk, self._finish(walk, layer, kinds)) for walk in walks])
+                yield layer, self._scores(self._ends([self._finish(walk, layer, kinds) for walk in walks]))
             for walk in walks:
                 walk.hidden = self._block(walk, layer, walk.hidden, is_linear)
-        yield None, self._scores([(walk, walk.hidden) for walk in walks])
+        yield None, self._scores(self._ends([walk.hidden for walk in walks]))
 
-    def _teacher(self, probe: Probe) -> Tensor:
-        """The teacher's hidden states [A, D] where the probe is scored."""
-        with torch.no_grad():
-            hidden: Tensor = self.model.teacher(probe.token_ids, probe.batch)
-        return hidden[_rows(probe)]
+    @torch.no_grad()
+    def teacher_scores(self) -> Scores:
+        """The teacher's own, without a walk."""
+        return self._scores(self._targets)
 
-    def _start(self, probe: Probe, target: Tensor) -> _Walk:
+    def _start(self, probe: Probe) -> _Walk:
         backbone = self.model.teacher.model
         hidden, rope = backbone.embed_tokens(probe.token_ids), backbone.rope(probe.batch)
-        first = self.model.first(hidden, probe.batch, rope)
-        return _Walk(probe, hidden, rope, first, _rows(probe), target)
+        return _Walk(probe, hidden, rope, self.model.first(hidden, probe.batch, rope))
 
     def _block(self, walk: _Walk, layer: int, hidden: Tensor, is_linear: bool) -> Tensor:
         return self.model.block(
@@ -209,29 +216,28 @@ class Sweep:
             hidden = self._block(walk, layer, hidden, linear[layer])
         return hidden
 
-    def _scores(self, ends: Sequence[tuple[_Walk, Tensor]]) -> Scores:
-        """Means by task; ends: the residual stream after the last block."""
+    def _ends(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        """What meets the head where each probe is scored: [A, D]."""
+        norm = self.model.teacher.model.norm
+        return [norm(hidden[rows]) for hidden, rows in zip(streams, self._rows, strict=True)]
+
+    def _scores(self, ends: Sequence[Tensor]) -> Scores:
+        """Means by task."""
+        head = self.model.teacher.lm_head.weight
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        teacher = self.model.teacher
-        for walk, hidden in ends:
+        for probe, rows, own, target in zip(self.probes, self._rows, ends, self._targets, strict=True):
             # Under autocast a GPU multiplies the heads in bf16 and keeps fp32 sums.
-            narrow = hidden.dtype == torch.bfloat16
-            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=narrow):
-                found = measure(
-                    teacher.model.norm(hidden[walk.rows]),
-                    teacher.lm_head.weight,
-                    walk.target,
-                    teacher.lm_head.weight,
-                    labels=walk.probe.labels[walk.rows],
-                )
-            task, values = walk.probe.task, torch.stack([found.student_nll, found.kl, found.agreement])
-            sums[task] = sums[task] + values if task in sums else values
-            counts[task] = counts.get(task, 0) + len(walk.rows)
+            narrow = own.dtype == torch.bfloat16
+            with torch.autocast(own.device.type, torch.bfloat16, enabled=narrow):
+                found = measure(own, head, target, head, labels=probe.labels[rows])
+            values = torch.stack([found.student_nll, found.kl, found.agreement])
+            sums[probe.task] = sums[probe.task] + values if probe.task in sums else values
+            counts[probe.task] = counts.get(probe.task, 0) + len(rows)
         return {task: Score(*(total / counts[task]).tolist()) for task, total in sums.items()}
 
 
-def _rows(probe: Probe) -> Tensor:
+def _scored_rows(probe: Probe) -> Tensor:
     return (probe.labels != IGNORED_LABEL).nonzero().flatten()
 
 

@@ -37,6 +37,9 @@ class SelectSettings:
     """Samples of each recall task and length."""
     epsilon: float = 0.01
     """Added to the ability's drop, in nats per token: smaller drops are noise and decide nothing."""
+    min_recall: float = 0.5
+    """A recall task counts if the teacher's answers in it have at least this probability (geometric mean of
+    their tokens'): what it cannot do itself tells nothing of a layer."""
     seed: int = 0
     """Choice of rows and recall samples."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,5 +66,6 @@ class SelectSettings:
         require(len(lengths) > 0 and min(lengths) > 0, "recall_lengths", lengths, "lengths in tokens")
         require(self.recall_samples >= 1, "recall_samples", self.recall_samples, "at least 1")
         require(self.epsilon > 0, "epsilon", self.epsilon, "more than 0 nats per token")
+        require(0 <= self.min_recall <= 1, "min_recall", self.min_recall, "0 to 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")

@@ -11,7 +11,7 @@ from tests.cli.test_commands import SMALL
 
 FEW = [
     *("--tokens", 256, "--context-length", 64, "--batch-tokens", 128, "--device", "cpu"),
-    *("--recall-lengths", "150,170", "--recall-samples", 1),
+    *("--recall-lengths", "150,170", "--recall-samples", 1, "--min-recall", 0),
 ]
 
 

@@ -1,6 +1,7 @@
 """Selections against the formula and against brute force, and what they leave behind."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrwkv.distill.select import TEXT, SelectProgress, ledger_path, read_probes, recall_scores, select
+from hrwkv.distill.select import (
+    TEXT,
+    SelectProgress,
+    counted_tasks,
+    ledger_path,
+    read_probes,
+    recall_scores,
+    select,
+)
 from hrwkv.distill.selection import Selection
 from hrwkv.distill.sweep import MixedModel, Score, Sweep
 from hrwkv.model.checkpoint import load_config, load_model, save_model
@@ -23,6 +32,7 @@ SMALL = {
     "batch_tokens": 200,
     "recall_lengths": (150, 170),
     "recall_samples": 1,
+    "min_recall": 0.0,
 }
 
 
@@ -39,23 +49,39 @@ def choose(pair: tuple[Path, Path], out: Path, settings: SelectSettings, observe
     return select(*pair, out, settings, device="cpu", observer=observer)
 
 
-def scores(nll: float, recall: float) -> dict[str, Score]:
-    return {TEXT: Score(nll, 0.0, 0.0), "a": Score(recall - 1, 0.0, 0.0), "b": Score(recall + 1, 0.0, 0.0)}
+def scores(nll: float, *recalls: float) -> dict[str, Score]:
+    """Scores with this nll of text, and tasks a, b, ... with these recalls."""
+    tasks = {task: Score(-math.log(value), 0.0, 0.0) for task, value in zip("abc", recalls, strict=False)}
+    return {TEXT: Score(nll, 0.0, 0.0), **tasks}
 
 
 def test_score_is_recalls_drop_over_abilitys_drop() -> None:
-    found = {None: scores(1.0, 2.0), 1: scores(1.5, 2.75), 2: scores(1.0, 2.0), 3: scores(1.25, 2.125)}
-    assert recall_scores(found, epsilon=0.25) == pytest.approx({1: 0.75 / 0.75, 2: 0.0, 3: 0.125 / 0.5})
+    found = {
+        None: scores(1.0, 1.0, 0.5, 0.1),
+        1: scores(1.5, 0.25, 0.5, 0.9),
+        2: scores(1.0, 1.0, 0.5, 0.1),
+        3: scores(1.25, 0.75, 0.25, 0.1),
+    }
+    expected = {1: 0.375 / 0.75, 2: 0.0, 3: 0.25 / 0.5}
+    assert recall_scores(found, tasks=("a", "b"), epsilon=0.25) == pytest.approx(expected)
 
 
-@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=6))
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 0.5)), min_size=1, max_size=6))
 def test_scores_do_not_depend_on_the_level_of_either(drops: list[tuple[float, float]]) -> None:
     """A teacher that is worse at everything by the same leaves the order and the scores alone."""
-    near = {None: scores(0.0, 0.0), **{i + 1: scores(*drop) for i, drop in enumerate(drops)}}
-    far = {None: scores(2.0, 3.0), **{i + 1: scores(2 + x, 3 + y) for i, (x, y) in enumerate(drops)}}
-    found = recall_scores(near, epsilon=0.01)
-    assert recall_scores(far, epsilon=0.01) == pytest.approx(found, rel=1e-6, abs=1e-9)
+    near = {None: scores(0.0, 1.0), **{i + 1: scores(x, 1.0 - y) for i, (x, y) in enumerate(drops)}}
+    far = {None: scores(2.0, 0.75), **{i + 1: scores(2 + x, 0.75 - y) for i, (x, y) in enumerate(drops)}}
+    found = recall_scores(near, tasks="a", epsilon=0.01)
+    assert recall_scores(far, tasks="a", epsilon=0.01) == pytest.approx(found, rel=1e-6, abs=1e-9)
     assert min(found.values()) >= 0
+
+
+def test_tasks_that_the_teacher_fails_do_not_count() -> None:
+    """On a small teacher, two tasks that it guesses at once outweighed the one that it solves."""
+    teacher = scores(1.0, 0.99, 0.1, 0.5)
+    assert counted_tasks(teacher, min_recall=0.5) == ("a", "c")
+    with pytest.raises(ValueError, match=r"best: 0\.99 in a, expected 1\): use --method greedy"):
+        counted_tasks(teacher, min_recall=1.0)
 
 
 def test_recall_takes_the_layers_of_the_largest_scores(aligned, settings, tmp_path) -> None:
@@ -65,10 +91,12 @@ def test_recall_takes_the_layers_of_the_largest_scores(aligned, settings, tmp_pa
         read_probes(aligned[1], settings),
         device="cpu",
     )
-    measured = recall_scores(dict(sweep.walk([False] * LAYERS, [1, 2, 3])), epsilon=settings.epsilon)
+    walked = dict(sweep.walk([False] * LAYERS, [1, 2, 3]))
+    measured = recall_scores(walked, tasks=found.tasks, epsilon=settings.epsilon)
     assert {row.layer: row.score for row in found.rows} == pytest.approx(measured)
     assert found.layers == tuple(sorted(sorted(measured, key=lambda layer: -measured[layer])[:2]))
-    assert set(found.base) == {TEXT, "passkey", "lookup", "associative"}
+    assert found.tasks == ("passkey", "lookup", "associative")
+    assert set(found.base) == {TEXT, *found.tasks}
     assert found.base[TEXT].kl == pytest.approx(0.0, abs=1e-6)
 
 
@@ -165,8 +193,9 @@ def test_scores_of_another_selection_are_not_taken(aligned, settings, tmp_path) 
         ({"keep": 4}, "keep is 4, expected 1 to 3 of the 4 layers"),
         ({"keep": None, "layers": (4,)}, "layers names 4, expected 1 to 3"),
         ({"recall_lengths": (9,)}, "too short"),
+        ({"min_recall": 0.9}, "the teacher recalls too little to choose layers by it"),
     ],
-    ids=["too-many", "outside", "short"],
+    ids=["too-many", "outside", "short", "unable"],
 )
 def test_what_does_not_fit_is_told_and_nothing_is_written(
     changes, message, aligned, settings, tmp_path
@@ -209,6 +238,7 @@ def test_stage_1_in_fp32_fits_a_teacher_in_bf16(aligned, settings, tmp_path) -> 
         ({"recall_lengths": ()}, "recall_lengths"),
         ({"recall_samples": 0}, "recall_samples"),
         ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"min_recall": 1.5}, "min_recall is 1.5"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"device": "tpu"}, "device is 'tpu'"),
     ],

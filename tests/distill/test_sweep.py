@@ -1,5 +1,6 @@
 """A swapped layer gives what a model that is built with that layer gives."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_without_a_swap_the_walk_is_the_teacher(sweep, pair):
     assert scores["text"].nll == pytest.approx(nll, rel=1e-6)
     assert scores["text"].kl == pytest.approx(0.0, abs=1e-6)
     assert scores["text"].agreement == 1.0
+    assert sweep.teacher_scores()["text"].nll == pytest.approx(nll, rel=1e-6)
+    assert scores["text"].recall == pytest.approx(math.exp(-nll), rel=1e-5)
 
 
 def test_recall_probe_scores_the_answers_alone(aligned, pair):
