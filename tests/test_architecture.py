@@ -31,8 +31,8 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 # A foreign library is met at its border only: (imported module, files that may name it).
 BORDERS = [
-    ("torch.distributed", r"hrwkv/distill/parallel\.py"),
-    ("deepspeed", r"hrwkv/distill/parallel\.py"),
+    ("torch.distributed", r"hrwkv/distill/parallel/.*"),
+    ("deepspeed", r"hrwkv/distill/parallel/.*"),
     ("transformers", r"hrwkv/(?!kernels/|layers/|settings/).*"),
     ("llguidance", r"hrwkv/engine/.*"),
     ("fastapi", r"hrwkv/server/.*"),

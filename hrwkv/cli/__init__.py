@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, plan, published, select
+from hrwkv.cli.interrupt import Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -24,12 +25,14 @@ hrwkv convert teacher/ student/ --keep-attention 6
 hrwkv distill student/ --teacher teacher/ --stage all
 hrwkv eval student-distilled/stage3 --teacher teacher/
 """
-COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "convert": (convert.convert, convert.EXAMPLES),
     "import": (published.import_, published.IMPORT_EXAMPLES),
     "export": (published.export, published.EXPORT_EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
+    "plan": (plan.plan, plan.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
+    "select": (select.select, select.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.GENERATE_EXAMPLES),
     "chat": (generate.chat, generate.CHAT_EXAMPLES),
@@ -60,14 +63,17 @@ def build_app() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
 
+    A command may return one of its own, as ``plan`` does for what does not fit (1).
     arguments: as after ``hrwkv``; None takes the process's own.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != "--debug"]
     app = build_app()
     try:
-        app(words, print_error=False, exit_on_error=False, result_action="return_value")
+        code = app(words, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
+    except Stopped as stop:
+        return _fail(f"{stop}; go on with: {resume_command(words)}", INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -81,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(words) < len(given):
             traceback.print_exc()
         return _fail(describe(error, command=words[0] if words else ""), USER_ERROR)
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def is_user_error(error: Exception) -> bool:

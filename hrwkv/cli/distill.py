@@ -1,35 +1,45 @@
-"""``hrwkv distill``: trains a converted student towards its teacher, stage by stage."""
+"""``hrwkv distill``: trains a converted student towards its teacher, or goes the whole way from a teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from hrwkv.cli.display import Display, Task, count, duration
-from hrwkv.settings import DistillSettings
+from hrwkv.cli.interrupt import Stopped, StopSignal
+from hrwkv.settings import ConvertSettings, DistillSettings, EvalSettings, SelectSettings
 
 if TYPE_CHECKING:
     from hrwkv.distill.corpus import Corpus
     from hrwkv.distill.logs import Progress
 
 EXAMPLES = """
-hrwkv distill student/ --teacher teacher/ --stage all
+hrwkv distill teacher/ --select.keep 6 --out run/
+hrwkv distill --recipe reka-flash-3 --out run/
 hrwkv distill student/ --teacher teacher/ --stage 2 --recipe recipe.toml --stage2.tokens 1_000_000
 hrwkv distill student/ --teacher teacher/ --out run/ --resume
 torchrun --nproc-per-node 8 -m hrwkv.cli distill student/ --teacher teacher/ --dtype bfloat16
 """
+Left = Callable[["Progress"], float]
 
 
 def distill(
-    student: Annotated[Path, Parameter(help="Directory that hrwkv convert wrote.")],
+    model: Annotated[
+        Path | None,
+        Parameter(
+            help="Directory that hrwkv convert wrote, with --teacher; or the teacher's, for all steps."
+        ),
+    ] = None,
     /,
     *,
-    teacher: Annotated[Path, Parameter(help="Directory of the teacher it was converted from.")],
+    teacher: Annotated[
+        Path | None, Parameter(help="Directory of the teacher that MODEL was converted from.")
+    ] = None,
     out: Annotated[
-        Path | None,
-        Parameter(help="Folder of the run: stage1/ to stage3/ and logs [default: STUDENT-distilled]."),
+        Path | None, Parameter(help="Folder of the run: models and logs [default: MODEL-distilled].")
     ] = None,
     stage: Annotated[
         Literal["1", "2", "3", "all"],
@@ -39,15 +49,36 @@ def distill(
     ] = "all",
     resume: Annotated[bool, Parameter(help="Go on with an interrupted run in --out.", negative=())] = False,
     recipe: Annotated[
-        str | None, Parameter(help="TOML file, or name of a shipped recipe; its [distill] is read.")
+        str | None,
+        Parameter(
+            help="TOML file, or name of a shipped recipe; [distill], [convert], [select], [eval] are read."
+        ),
     ] = None,
     settings: Annotated[DistillSettings, Parameter(name="*", group="Recipe keys")] = DistillSettings(),  # noqa: B008 (frozen)
+    convert: ConvertSettings | None = None,
+    select: SelectSettings | None = None,
+    eval: EvalSettings = EvalSettings(),  # noqa: A002, B008 (the command's name; frozen)
 ) -> None:
-    """Train a student to give the teacher's probabilities, in up to three stages."""
+    """Train a student to give the teacher's probabilities, in up to three stages.
+
+    Without --teacher, MODEL is a teacher and every step is taken: convert, stage 1, select, stages 2 and 3,
+    eval. The same command with --resume goes on where an interruption left it.
+    """
+    from hrwkv.cli.pipeline import Pipeline, find_teacher
+
     display = Display()
-    out = out or student.with_name(f"{student.name}-distilled")
+    if model is None or teacher is None:
+        if stage != "all":
+            raise ValueError(f"--stage is {stage} without --teacher: give the student and its teacher")
+        found = find_teacher(model, teacher, settings.base_model)
+        out = out or Path(f"{found.resolve().name}-distilled")
+        Pipeline(display, found, out, settings, convert=convert, select=select, eval=eval).run(resume=resume)
+        return
+    out = out or model.with_name(f"{model.name}-distilled")
     stages = (1, 2, 3) if stage == "all" else (int(stage),)
-    done = run_distill(display, student, teacher, out, settings, stages=stages, resume=resume)
+    with StopSignal(display) as stop:
+        done = run_distill(display, model, teacher, out, settings, stages=stages, resume=resume, stop=stop)
+    run_card(display, out, done[max(done)], teacher=teacher, base_model=settings.base_model)
     display.line(f"Next: hrwkv eval {done[max(done)]} --teacher {teacher}")
 
 
@@ -61,27 +92,53 @@ def run_distill(
     stages: tuple[int, ...],
     resume: bool = False,
     corpus: Corpus | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    left: Left | None = None,
 ) -> dict[int, Path]:
     """Distil with a progress line and a line per validation; returns the directory of each stage.
 
-    corpus: the text, where several runs share it; None reads it.
+    corpus: the text, where several runs share it; None reads it. stop: see ``distill.trainer``. left: seconds
+    that are left of more than this. Raises Stopped when ``stop`` has ended the run.
     """
+    from hrwkv.distill.loop import RunStoppedError
     from hrwkv.distill.trainer import distill as train
 
-    with Watcher(display) as watcher:
-        done = train(
-            student, teacher, out, settings, stages=stages, resume=resume, observer=watcher, corpus=corpus
-        )
+    try:
+        with Watcher(display, left) as watcher:
+            done = train(
+                student,
+                teacher,
+                out,
+                settings,
+                stages=stages,
+                resume=resume,
+                observer=watcher,
+                corpus=corpus,
+                stop=stop,
+            )
+    except RunStoppedError as error:
+        raise Stopped(str(error)) from error
     for number in stages:
         display.line(f"Stage {number}: {done[number]}")
     return done
 
 
-class Watcher:
-    """Shows the steps of a distillation: one progress line per stage, one line per validation."""
+def run_card(display: Display, out: Path, model: Path, *, teacher: Path, base_model: str) -> None:
+    """Write the model card of a run that is complete."""
+    from hrwkv.distill.report import write_card
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    written = write_card(out, model, teacher=teacher, base_model=base_model or teacher.resolve().name)
+    display.line(f"Written: {', '.join(str(path) for path in written)}")
+
+
+class Watcher:
+    """Shows the steps of a distillation: one progress line per stage, one line per validation.
+
+    left: seconds that are left of the whole, for a run that is a part of more.
+    """
+
+    def __init__(self, display: Display, left: Left | None = None) -> None:
+        self._display, self._left = display, left
         self._task: Task | None = None
         self._stage = 0
         self._waiting = display.console.status("Reading the text and the models")
@@ -103,23 +160,27 @@ class Watcher:
             self.__exit__()
             self._stage = progress.stage
             self._task = self._display.task(f"Stage {progress.stage}", progress.steps).__enter__()
-        self._task.advance(progress.step, _note(progress))
+        self._task.advance(progress.step, self._note(progress))
+        if progress.skipped:
+            where = f"  stage {progress.stage} step {progress.step}"
+            self._task.say(f"{where}: loss {progress.loss:.4f}, left out as a spike")
         if progress.validation is not None:
             self._task.say(_validation_line(progress))
 
-
-def _note(progress: Progress) -> str:
-    loss = f"loss {progress.loss:.4f}" if progress.kl is None else f"KL {progress.kl:.4f}"
-    rate = f"{count(round(progress.tokens_per_second))} tokens/s"
-    return f"{loss} | {rate} | {duration(progress.seconds_left)} left"
+    def _note(self, progress: Progress) -> str:
+        loss = f"loss {progress.loss:.4f}" if progress.kl is None else f"KL {progress.kl:.4f}"
+        rate = f"{count(round(progress.tokens_per_second))} tokens/s"
+        whole = "" if self._left is None else f" | about {duration(self._left(progress))} in all"
+        return f"{loss} | {rate} | {duration(progress.seconds_left)} left{whole}"
 
 
 def _validation_line(progress: Progress) -> str:
     found = progress.validation
     assert found is not None
     ratio = found.student_perplexity / found.teacher_perplexity
+    passkey = "" if found.passkey is None else f", passkey {found.passkey:.0%} ({found.teacher_passkey:.0%})"
     return (
         f"  stage {progress.stage} step {progress.step}/{progress.steps}, {count(progress.tokens)} tokens: "
         f"held-out KL {found.kl:.4f}, top-1 {found.agreement:.1%}, perplexity {found.student_perplexity:.3f} "
-        f"({ratio:.3f} x the teacher's {found.teacher_perplexity:.3f})"
+        f"({ratio:.3f} x the teacher's {found.teacher_perplexity:.3f}){passkey}"
     )

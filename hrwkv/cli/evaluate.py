@@ -45,9 +45,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure perplexity, KL and agreement with the teacher, passkey retrieval and memory."""
+    run_eval(Display(), model, teacher, out, settings)
+
+
+def run_eval(display: Display, model: Path, teacher: Path | None, out: Path, settings: EvalSettings) -> None:
+    """Evaluate one model, show the tables and write the report."""
     from hrwkv.eval.report import write_report
 
-    display = Display()
     student = open_model(model, device=settings.device, dtype=settings.dtype)
     original = open_model(teacher, device=settings.device, dtype=settings.dtype) if teacher else None
     examiner = Examiner.prepare(open_tokenizer(model), settings, display)

@@ -1,10 +1,10 @@
 """Recipes: TOML files with a table per command, under the flags of the command line.
 
-A recipe holds ``[convert]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file tells the whole way from a
-teacher to a student; a command reads its own table, ``demo`` reads all of them. A flag wins over the recipe,
-the recipe over the built-in value, one by one: ``--stage2.tokens`` alone leaves the rest of stage 2 as it
-was. A recipe for one published teacher is its preset too: what ``[teacher]`` and ``[chat]`` hold is read by
-``hrwkv.convert.presets``, not here.
+A recipe holds ``[convert]``, ``[plan]``, ``[select]``, ``[distill]``, ``[eval]`` and ``[demo]``, so one file
+tells the whole way from a teacher to a student; a command reads its own table, and ``demo``, ``plan`` and
+``distill`` those of others as well. A flag wins over the recipe, the recipe over the built-in value, one by
+one: ``--stage2.tokens`` alone leaves the rest of stage 2 as it was. A recipe for one published teacher is its
+preset too: what ``[teacher]`` and ``[chat]`` hold is read by ``hrwkv.convert.presets``, not here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from hrwkv.settings import DistillSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-TABLES = ("convert", "distill", "eval", "demo")
+TABLES = ("convert", "plan", "select", "distill", "eval", "demo")
 PRESET_TABLES = ("teacher", "chat")
+# Tables that a command's flags name (--eval.tokens), beside those of its own keys.
+NAMED_TABLES = {
+    "demo": ("convert", "distill", "eval", "demo"),
+    "distill": ("convert", "select", "eval"),
+    "plan": ("convert", "distill"),
+}
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
-COMMA_LISTS = ("attention-layers", "passkey-lengths", "passkey-depths")
-# Either of these chooses the layers, so a flag for one takes the other out of the recipe.
-LAYER_CHOICES = ("attention_layers", "keep_attention")
+COMMA_LISTS = ("attention-layers", "layers", "recall-lengths", "passkey-lengths", "passkey-depths")
+# Either of two keys chooses the layers, so a flag for one takes the other out of the recipe's table.
+LAYER_CHOICES = {"convert": ("attention_layers", "keep_attention"), "select": ("layers", "keep")}
 
 
 def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -45,7 +51,9 @@ def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         return
     name = _given(arguments, "--recipe")
     values = recipe_values(command, name)
-    _drop_other_layer_choice(arguments, values if command == "convert" else values.get("convert", {}))
+    for table, names in LAYER_CHOICES.items():
+        own = values if command == table else values.get(table, {})
+        _drop_other_layer_choice(arguments, own, table=table, names=names)
     # Under the command's key: at the top, cyclopts would leave out tables that are named like commands.
     nested: dict[str, Any] = values
     for key in reversed(commands):
@@ -58,10 +66,12 @@ def recipe_values(command: str, name: str | None) -> dict[str, Any]:
     if name is None and command == "demo":
         name = DEMO_RECIPE
     values = {} if name is None else read_recipe(find_recipe(name))
-    if command == "demo":
-        return merged({"distill": nested_defaults(DistillSettings)}, values)
-    own: dict[str, Any] = values.get(command, {})
-    return merged(nested_defaults(DistillSettings), own) if command == "distill" else own
+    defaults, names = nested_defaults(DistillSettings), NAMED_TABLES.get(command, ())
+    named = {table: values[table] for table in names if table in values}
+    if "distill" in names:
+        named = merged({"distill": defaults}, named)
+    own: dict[str, Any] = {} if command in names else values.get(command, {})
+    return (merged(defaults, own) if command == "distill" else own) | named
 
 
 def find_recipe(name: str) -> Path:
@@ -137,11 +147,12 @@ def _split_comma_lists(arguments: ArgumentCollection) -> None:
             argument.tokens[:] = [token.evolve(index=index) for index, token in enumerate(tokens)]
 
 
-def _drop_other_layer_choice(arguments: ArgumentCollection, values: dict[str, Any]) -> None:
-    for name in LAYER_CHOICES:
-        flag = "--" + name.replace("_", "-")
-        if _given(arguments, flag) is not None or _given(arguments, f"--convert.{flag[2:]}") is not None:
-            for other in LAYER_CHOICES:
+def _drop_other_layer_choice(
+    arguments: ArgumentCollection, values: dict[str, Any], *, table: str, names: tuple[str, ...]
+) -> None:
+    for flag in (name.replace("_", "-") for name in names):
+        if _given(arguments, f"--{flag}") is not None or _given(arguments, f"--{table}.{flag}") is not None:
+            for other in names:
                 values.pop(other, None)
 
 
@@ -158,7 +169,7 @@ class Command(App):
         arguments = super().assemble_argument_collection(
             default_parameter=default_parameter, parse_docstring=parse_docstring
         )
-        if parse_docstring and self.name[0] in ("distill", "demo"):
+        if parse_docstring and self.name[0] in NAMED_TABLES:
             values = recipe_values(self.name[0], None)
             for argument in arguments:
                 path = argument.name.removeprefix("--").replace("-", "_").split(".")

@@ -29,7 +29,7 @@ from hrwkv.model.checkpoint import (
     load_config,
     write_config,
 )
-from hrwkv.model.config import FULL, LINEAR, RANKS, HybridConfig
+from hrwkv.model.config import FULL, LINEAR, RANKS, HybridConfig, spread_layers
 from hrwkv.model.shards import CheckpointError, ShardReader, ShardWriter
 from hrwkv.settings import ConvertSettings
 
@@ -142,8 +142,7 @@ def convert(
 def choose_layers(settings: ConvertSettings, num_layers: int) -> tuple[int, ...]:
     """The layers that stay attention, in order.
 
-    ``keep_attention = n`` cuts layers 1 .. L-1 into n groups as equal as can be and keeps the last of each:
-    ``ceil(j (L - 1) / n)`` for j = 1 .. n; so the last layer is kept and the first never is. n = L keeps all.
+    ``keep_attention = n`` takes ``spread_layers``, so the first is none of them; n = L keeps all.
     Raises ValueError for layers that do not exist, or for layer 0 in a hybrid.
     """
     last = num_layers - 1
@@ -155,7 +154,7 @@ def choose_layers(settings: ConvertSettings, num_layers: int) -> tuple[int, ...]
             )
         if count == num_layers:
             return tuple(range(num_layers))
-        return tuple(-(-j * last // count) for j in range(1, count + 1))
+        return spread_layers(count, num_layers)
     layers = tuple(sorted(settings.attention_layers or ()))
     if outside := [layer for layer in layers if not 0 <= layer <= last]:
         raise ValueError(

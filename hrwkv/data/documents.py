@@ -1,30 +1,33 @@
 """Documents and their split into train, dev and test.
 
-A source is a text file, a folder of text files, a ``.jsonl`` file or the word ``stdlib`` (the sources of the
-running Python). The split hashes a document's relative name (a ``.jsonl`` line has no name: its text), never
-its place in a list, so it is the same on every machine and stays the same when a corpus grows.
+A source is a text file, a folder of text files, the word ``stdlib`` (the sources of the running Python), or
+whatever ``records`` reads: jsonl, parquet, patterns, URLs, Hugging Face data sets. The split hashes a
+document's relative name (a record has no name: its text), never its place in a list, so it is the same on
+every machine and stays the same when a corpus grows.
 
 A corpus of a few documents cannot be split that way: as soon as one of the three splits would get no document
 at all, every document is cut by position instead (first 95 % train, next 2.5 % dev, rest test, at line ends
 where there are any). The choice depends on the sources only, not on the split that is asked for, so the
 splits are disjoint either way.
 
-Left out: compressed files, downloads, removal of duplicates.
+Left out: removal of duplicates.
 """
 
 import hashlib
-import json
 import logging
 import os
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from hrwkv.data.records import Ledger, Render, Shards, is_sharded, open_shards
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "dev", "test", "all"]
+MAX_CORRUPT_SHARE = 0.001
 SPLITS: tuple[str, ...] = ("train", "dev", "test", "all")
 TRAIN_SHARE = 0.95
 DEV_SHARE = 0.025
@@ -65,6 +68,15 @@ class _Entry:
     key: str
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Where the documents are, and what decides which of them are read."""
+
+    places: list[Path | Shards]
+    suffixes: tuple[str, ...]
+    max_corrupt_share: float
+
+
 def split_of(key: str) -> str:
     """Return ``train`` (95 %), ``dev`` or ``test`` (2.5 % each), from the sha256 of `key`."""
     place = int.from_bytes(_digest(key)[:8], "big") / 2**64
@@ -79,16 +91,22 @@ def _digest(key: str) -> bytes:
 
 
 def read_documents(
-    sources: Sequence[str | Path], *, split: Split, suffixes: Collection[str] = TEXT_SUFFIXES
+    sources: Sequence[str | Path],
+    *,
+    split: Split,
+    suffixes: Collection[str] = TEXT_SUFFIXES,
+    render: Render | None = None,
+    max_corrupt_share: float = MAX_CORRUPT_SHARE,
 ) -> Iterator[Document]:
     """Yield the non-empty documents of `sources` that belong to `split`, in a fixed order.
 
     `suffixes` says which files of a folder are text; a file given by name is read whatever its suffix. Files
-    of a folder (or of ``stdlib``) that are not UTF-8 are skipped and counted in the log.
+    of a folder (or of ``stdlib``) that are not UTF-8 are skipped and counted in the log. `render` makes text
+    of chat messages. Records that cannot be read are logged and skipped.
 
     Raises ValueError (at once for the sources, while reading for their contents): a source is missing, a
-    named file is empty or not UTF-8, a ``.jsonl`` line has no ``text``, or the split ends up without a
-    document.
+    named file is empty or not UTF-8, more than `max_corrupt_share` of a source's records or files cannot be
+    read, or the split ends up without a document.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -96,8 +114,20 @@ def read_documents(
         raise ValueError(
             "no text source was given: name a text file, a folder, a .jsonl file or the word stdlib"
         )
-    places = [_locate(source) for source in sources]
-    return _select(places, split, tuple(suffixes))
+    places = [_locate(source, render) for source in sources]
+    return _select(_Reader(places, tuple(suffixes), max_corrupt_share), split)
+
+
+def source_fingerprint(source: str) -> list[Any]:
+    """What changes when a source does, for JSON: names, sizes and times of its files, or the hub's hash."""
+    place = _locate(source, None)
+    if not isinstance(place, Path):
+        return place.fingerprint()
+    if place.is_dir():
+        files = [(name, place / name) for name in _file_names(place, _suffixes(place, TEXT_SUFFIXES))]
+    else:
+        files = [(place.name, place)]
+    return [[name, (status := path.stat()).st_size, status.st_mtime] for name, path in files]
 
 
 def sample_documents(documents: Iterable[Document], *, max_bytes: int) -> list[Document]:
@@ -119,10 +149,10 @@ def sample_documents(documents: Iterable[Document], *, max_bytes: int) -> list[D
     return chosen
 
 
-def _select(places: list[Path], split: str, suffixes: tuple[str, ...]) -> Iterator[Document]:
-    by_hash = split == "all" or _every_split_has_one(places, suffixes)
+def _select(reader: _Reader, split: str) -> Iterator[Document]:
+    by_hash = split == "all" or _every_split_has_one(reader)
     count = 0
-    for entry in _entries(places, suffixes, report=True):
+    for entry in _entries(reader, report=True):
         if split == "all" or (by_hash and split_of(entry.key) == split):
             piece = entry.document
         elif by_hash:
@@ -133,14 +163,14 @@ def _select(places: list[Path], split: str, suffixes: tuple[str, ...]) -> Iterat
             count += 1
             yield piece
     if not count:
-        names = ", ".join(str(place) for place in places)
+        names = ", ".join(str(place) if isinstance(place, Path) else place.source for place in reader.places)
         raise ValueError(f"the {split} split of {names} is empty: give more text")
 
 
-def _every_split_has_one(places: list[Path], suffixes: tuple[str, ...]) -> bool:
+def _every_split_has_one(reader: _Reader) -> bool:
     """Stop at the first moment when all three were seen: a large corpus is hardly read twice."""
     missing = {"train", "dev", "test"}
-    for entry in _entries(places, suffixes, report=False):
+    for entry in _entries(reader, report=False):
         missing.discard(split_of(entry.key))
         if not missing:
             return True
@@ -161,10 +191,12 @@ def _line_end(text: str, share: float) -> int:
     return end if end and place - end <= len(text) * DEV_SHARE / 2 else place
 
 
-def _locate(source: str | Path) -> Path:
+def _locate(source: str | Path, render: Render | None) -> Path | Shards:
     if source == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     path = Path(source)
+    if is_sharded(str(source)) and not path.is_dir():
+        return open_shards(str(source), render=render)
     if not path.exists():
         raise ValueError(
             f"text source {str(source)!r} does not exist: expected a text file, a folder, a .jsonl file "
@@ -173,15 +205,38 @@ def _locate(source: str | Path) -> Path:
     return path
 
 
-def _entries(places: list[Path], suffixes: tuple[str, ...], *, report: bool) -> Iterator[_Entry]:
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    for place in places:
-        if place.is_dir():
-            yield from _folder_entries(place, (".py",) if place == stdlib else suffixes, report=report)
-        elif place.suffix == ".jsonl":
-            yield from _jsonl_entries(place)
+def _entries(reader: _Reader, *, report: bool) -> Iterator[_Entry]:
+    for place in reader.places:
+        if not isinstance(place, Path):
+            yield from _record_entries(place, reader.max_corrupt_share, report=report)
+        elif place.is_dir():
+            yield from _folder_entries(place, _suffixes(place, reader.suffixes), report=report)
         else:
             yield _Entry(Document(place.name, _read_named(place)), place.name)
+
+
+def _suffixes(folder: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    return (".py",) if folder == Path(sysconfig.get_path("stdlib")) else suffixes
+
+
+def _record_entries(shards: Shards, max_corrupt_share: float, *, report: bool) -> Iterator[_Entry]:
+    ledger = Ledger(shards.source, max_share=max_corrupt_share, num_shards=len(shards.names))
+    read = 0
+    for index in range(len(shards.names)):
+        for record in shards.read(index, 0):
+            if report:
+                ledger.add(record)
+            if record.text:
+                read += 1
+                yield _Entry(Document(record.name, record.text), record.key)
+    if not report:
+        return
+    ledger.finish()
+    if not read:
+        raise ValueError(
+            f"text source {shards.source} is empty: expected records with a text field (.jsonl: one JSON "
+            "object per line)"
+        )
 
 
 def _folder_entries(folder: Path, suffixes: tuple[str, ...], *, report: bool) -> Iterator[_Entry]:
@@ -226,38 +281,3 @@ def _read_named(path: Path) -> str:
             f"text file {path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
             "convert it to UTF-8"
         ) from error
-
-
-def _jsonl_entries(path: Path) -> Iterator[_Entry]:
-    offset = read = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = _jsonl_text(line, path=path, number=number, offset=offset)
-            offset += len(line)
-            if text:
-                read += 1
-                yield _Entry(Document(f"{path.name}:{number}", text), text)
-    if not read:
-        raise ValueError(f"text file {path} is empty: expected one JSON object with a text field per line")
-
-
-def _jsonl_text(line: bytes, *, path: Path, number: int, offset: int) -> str:
-    if not line.strip():
-        return ""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {path} is not UTF-8: byte {line[error.start]:#04x} at offset {offset + error.start}; "
-            "convert it to UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} line {number} is not JSON ({error.msg}): expected an object with a text field"
-        ) from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{path} line {number} has no text: expected an object like {{"text": "..."}}')
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{path} line {number} holds half a surrogate pair (\\ud800 to \\udfff): remove it")
-    return text

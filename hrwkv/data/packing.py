@@ -13,6 +13,7 @@ Passkey rows can be mixed in by their share of the tokens. They are whole rows, 
 the needle off from its question. Left out: sorting by length, weights per source, padding.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,13 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hrwkv.data.passkey import PasskeyTask
+from hrwkv.data.passkey import Filler, PasskeyTask
 from hrwkv.data.tokens import TokenStore
 from hrwkv.layers.batch import TokenBatch
 
 IGNORED_LABEL = -100
 # The share of passkey rows is counted in whole parts of this, so that their places are exact integers.
 SHARE_PARTS = 1 << 16
+GOLDEN_RATIO = 0.6180339887498949
 
 Int64 = npt.NDArray[np.int64]
 
@@ -42,6 +44,19 @@ class PasskeyMix:
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"passkey share is {self.share}, expected 0 to 1")
+
+    def rows_before(self, row: int) -> int:
+        """Return how many of the rows 0 to row - 1 are passkey rows: an exact share, evenly spread."""
+        return row * round(self.share * SHARE_PARTS) // SHARE_PARTS
+
+    def is_passkey(self, row: int) -> bool:
+        """Return whether row `row` is a passkey row."""
+        return self.rows_before(row + 1) > self.rows_before(row)
+
+    def row(self, row: int, *, filler: Filler, length: int, seed: int) -> Int64:
+        """Return the ids [length] int64 of a passkey row, the same for the same arguments."""
+        document = self.task.document(filler, length=length, seed=mix_bits(seed, row))
+        return np.asarray(document, dtype=np.int64)
 
 
 class PackedStream:
@@ -68,11 +83,11 @@ class PackedStream:
             )
         if not len(store.tokens):
             raise ValueError("the token store is empty: give more text")
-        if passkey is not None and passkey.share > 0:
-            passkey.task.check_length(context_length)
-        self.store, self.seed, self.passkey = store, seed, passkey
+        self.passkey = passkey if passkey is not None and passkey.share > 0 else None
+        if self.passkey is not None:
+            self.passkey.task.check_length(context_length)
+        self.store, self.seed = store, seed
         self.context_length, self.rows = context_length, batch_tokens // context_length
-        self._share = round(passkey.share * SHARE_PARTS) if passkey is not None else 0
         self._order: tuple[int, Int64, Int64] | None = None
 
     @property
@@ -84,15 +99,17 @@ class PackedStream:
         """Return token ids [T] int64 and their sequences, on the CPU; the same for the same `index` >= 0."""
         if index < 0:
             raise ValueError(f"batch index is {index}, expected >= 0")
-        first = index * self.rows
-        is_text = [not self._is_passkey_row(row) for row in range(first, first + self.rows)]
+        first, mix = index * self.rows, self.passkey
+        is_text = [mix is None or not mix.is_passkey(row) for row in range(first, first + self.rows)]
         text_rows = np.flatnonzero(is_text)
-        start = (first - self._passkey_rows_before(first)) * self.context_length
+        start = (first - (mix.rows_before(first) if mix else 0)) * self.context_length
         text, ends = self._text(start, start + len(text_rows) * self.context_length)
         ids = np.empty((self.rows, self.context_length), dtype=np.int64)
         ids[text_rows] = text.reshape(-1, self.context_length)
-        for row in np.flatnonzero(np.logical_not(is_text)):
-            ids[row] = self._passkey_row(first + int(row))
+        if mix is not None:
+            filler, length = self.store.tokens, self.context_length
+            for row in np.flatnonzero(np.logical_not(is_text)):
+                ids[row] = mix.row(first + int(row), filler=filler, length=length, seed=self.seed)
         return torch.from_numpy(ids).flatten(), TokenBatch.from_lengths(self._lengths(ends, text_rows))
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, TokenBatch]]:
@@ -139,22 +156,10 @@ class PackedStream:
     def _epoch_order(self, epoch: int) -> tuple[Int64, Int64]:
         """Return the epoch's order of documents [M] and their ends [M] in it; the last one is kept."""
         if self._order is None or self._order[0] != epoch:
-            keys = _hash(np.arange(len(self.store), dtype=np.uint64), salt=_mix(self.seed, epoch))
+            keys = hash_bits(np.arange(len(self.store), dtype=np.uint64), salt=mix_bits(self.seed, epoch))
             order = np.argsort(keys, kind="stable").astype(np.int64)
             self._order = (epoch, order, np.cumsum(np.diff(self.store.offsets)[order]))
         return self._order[1], self._order[2]
-
-    def _passkey_rows_before(self, row: int) -> int:
-        return row * self._share // SHARE_PARTS
-
-    def _is_passkey_row(self, row: int) -> bool:
-        return self._passkey_rows_before(row + 1) > self._passkey_rows_before(row)
-
-    def _passkey_row(self, row: int) -> Int64:
-        assert self.passkey is not None
-        seed = _mix(self.seed, row)
-        document = self.passkey.task.document(self.store.tokens, length=self.context_length, seed=seed)
-        return np.asarray(document, dtype=np.int64)
 
 
 def next_token_labels(token_ids: Tensor, batch: TokenBatch) -> Tensor:
@@ -169,13 +174,24 @@ def next_token_labels(token_ids: Tensor, batch: TokenBatch) -> Tensor:
     return labels
 
 
-def _mix(seed: int, number: int) -> int:
+def spread_stride(rows: int) -> int:
+    """Return a stride prime to `rows` and near their golden section.
+
+    Row i * stride mod rows visits every row once, and any number of successive ones lie evenly apart.
+    """
+    stride = max(round(rows * GOLDEN_RATIO), 1)
+    while math.gcd(stride, rows) > 1:
+        stride += 1
+    return stride
+
+
+def mix_bits(seed: int, number: int) -> int:
     """Return 64 well-mixed bits of two integers."""
-    first = _hash(np.array([seed % (1 << 64)], dtype=np.uint64), salt=0)
-    return int(_hash(np.array([number % (1 << 64)], dtype=np.uint64), salt=int(first[0]))[0])
+    first = hash_bits(np.array([seed % (1 << 64)], dtype=np.uint64), salt=0)
+    return int(hash_bits(np.array([number % (1 << 64)], dtype=np.uint64), salt=int(first[0]))[0])
 
 
-def _hash(values: npt.NDArray[np.uint64], *, salt: int) -> npt.NDArray[np.uint64]:
+def hash_bits(values: npt.NDArray[np.uint64], *, salt: int) -> npt.NDArray[np.uint64]:
     """SplitMix64's output function (Steele, Lea and Flood 2014), the same on every machine for ever."""
     x = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(salt)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -22,7 +22,7 @@ QUESTION = "\nWhat is the pass key? The pass key is "
 KEY_DIGITS = 5
 MAX_QUESTIONS = 3
 
-Filler = Sequence[int] | Tensor | npt.NDArray[np.int32]
+Filler = Sequence[int] | Tensor | npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What an interrupted run goes on from: the recipe of each stage, and checkpoints of its weights and moments.
+"""What an interrupted run goes on from: the recipe of each stage, and its checkpoints.
 
-A checkpoint is written beside its final name and renamed by the first process when all have written, so a
-folder with the final name is complete. Only folders that match this module's own names are ever removed.
-Random numbers are not kept, because no step draws any; the data position is the step, because batches have
-random access.
+A checkpoint is a complete model directory, the optimiser's state by parameter name, and ``trainer.json``; any
+number of processes with any engine goes on from it. It is written beside its final name and renamed by the
+first process when all have written, so a folder with the final name is complete. Only folders that match this
+module's own names are ever removed. Random numbers are not kept, because no step draws any; the data position
+is the step, because batches have random access.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hrwkv.distill.optimiser import optimiser_state, trained_parameters
-from hrwkv.distill.parallel import Ranks, barrier, load_state, save_state
-from hrwkv.model.modeling import HybridModel
-from hrwkv.model.shards import read_json
+from hrwkv.distill.parallel import Engine, Ranks, agree, barrier
+from hrwkv.model.checkpoint import open_weights, write_config
+from hrwkv.model.shards import CheckpointError, ShardWriter, read_json
 from hrwkv.settings import DistillSettings
 
 NAME = re.compile(r"stage(\d)-step(\d{7})")
@@ -31,14 +32,29 @@ PARTIAL = re.compile(r"\.stage\d-step\d{7}\.partial")
 KEPT = 2
 FINGERPRINT_BYTES = 2**20
 
+# Settings that change no loss but for the order of sums.
+COSTS = (
+    ("stage", "micro_batch_tokens"),
+    ("stage", "gradient_checkpointing"),
+    ("stage", "keep"),
+    ("data", "workers"),
+    ("data", "prefetch"),
+    ("data", "cache"),
+)
+
 Recipe = dict[str, Any]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write beside, then rename."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside, then rename."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -63,10 +79,17 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def stage_recipe(settings: DistillSettings, stage: int, *, student: Path, teacher: Path) -> Recipe:
-    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting."""
+    """Everything that decides a stage's losses, as flat ``name: value``; not device and reporting.
+
+    Nor what only costs memory or time: a run that has met the end of the memory may go on with smaller
+    micro-batches.
+    """
     values = asdict(settings)
     own = {"stage": values[f"stage{stage}"], "data": values["data"]}
-    rest = {name: values[name] for name in ("mode", "seed", "dtype")}
+    for part, name in COSTS:
+        del own[part][name]
+    names = ("mode", "seed", "dtype", "frozen_dtype", "spike_factor", "spike_action", "spike_limit")
+    rest = {name: values[name] for name in names}
     models = {"student": model_fingerprint(student), "teacher": model_fingerprint(teacher)}
     flat = {
         f"{part}.{name}": value for part, fields in (own | models).items() for name, value in fields.items()
@@ -92,6 +115,25 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, the steps behind it, and what the trainer keeps in it."""
+
+    folder: Path
+    step: int
+    extra: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """A complete model directory, with fp32 masters of everything that trains."""
+        return self.folder / "model"
+
+    @property
+    def moments(self) -> Path:
+        """The optimiser's state, for ``Engine.load_moments``."""
+        return self.folder / "optimiser"
+
+
 class Checkpoints:
     """The checkpoints of one output directory."""
 
@@ -106,42 +148,94 @@ class Checkpoints:
         matches = [NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
         return sorted(int(match[2]) for match in matches if match and int(match[1]) == stage)
 
-    def save(self, stage: int, step: int, *, student: HybridModel, optimiser: torch.optim.Optimizer) -> None:
-        """Write what stage and step have become, then remove all but the last two of this stage."""
-        final = self.folder / f"stage{stage}-step{step:07d}"
-        partial = self.folder / f".{final.name}.partial"
-        if self.ranks.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in [final, partial]:
-                shutil.rmtree(leftover, ignore_errors=True)
-        barrier(self.ranks)
-        try:
-            save_state(_tensors(student, optimiser), partial, self.ranks)
-            barrier(self.ranks)
-            if self.ranks.is_first:
-                facts = {"stage": stage, "step": step, "next_batch": step, "recipe": self.fingerprint}
-                write_json(partial / "trainer.json", facts)
-                os.replace(partial, final)
-                for old in self.steps(stage)[:-KEPT]:
-                    shutil.rmtree(self.folder / f"stage{stage}-step{old:07d}")
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        barrier(self.ranks)
-
-    def load(self, stage: int, *, student: HybridModel, optimiser: torch.optim.Optimizer) -> int:
-        """Fill student and optimiser from a stage's latest checkpoint; returns the steps done, 0 for none."""
+    def latest(self, stage: int) -> Checkpoint | None:
+        """The last complete checkpoint of a stage. Raises ValueError if it is of another recipe."""
         steps = self.steps(stage)
         if not steps:
-            return 0
+            return None
         folder = self.folder / f"stage{stage}-step{steps[-1]:07d}"
         facts = read_json(folder / "trainer.json")
         if facts["recipe"] != self.fingerprint:
             raise ValueError(
                 f"{folder} belongs to a run with another recipe: remove it to start the stage again"
             )
-        load_state(_tensors(student, optimiser, fresh=True), folder, self.ranks)
-        return int(facts["step"])
+        found = Checkpoint(folder, int(facts["step"]), facts["extra"])
+        try:
+            open_weights(found.model)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"cannot read the checkpoint {folder}, remove it to use the one before: {error}"
+            ) from error
+        return found
+
+    def save(
+        self, stage: int, step: int, engine: Engine, *, source: Path, extra: dict[str, Any] | None = None
+    ) -> None:
+        """Write what stage and step have become, then remove all but the last two of this stage.
+
+        source: the model directory that the stage began with. extra: what else a resume needs, for JSON.
+        Raises OSError or CheckpointError on every process where one cannot write, and leaves those of before.
+        """
+        final = self.folder / f"stage{stage}-step{step:07d}"
+        partial = self.folder / f".{final.name}.partial"
+        if self.ranks.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        barrier(self.ranks)
+        written = Checkpoint(partial, step, extra or {})
+        try:
+            engine.save_moments(written.moments)
+            write_model(engine, written.model, source=source)
+            agree(self._complete(written, stage, final) if self.ranks.is_first else None, self.ranks)
+        except (OSError, CheckpointError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _complete(self, written: Checkpoint, stage: int, final: Path) -> OSError | None:
+        """Give a written checkpoint its name and remove older ones; returns what went wrong."""
+        facts = {"stage": stage, "step": written.step, "recipe": self.fingerprint, "extra": written.extra}
+        try:
+            write_json(written.folder / "trainer.json", facts)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(written.folder, final)
+            for old in self.steps(stage)[:-KEPT]:
+                shutil.rmtree(self.folder / f"stage{stage}-step{old:07d}")
+        except OSError as error:
+            return error
+        return None
+
+
+def write_model(engine: Engine, path: Path, *, source: Path) -> None:
+    """Write a complete model directory: fp32 masters of what trains, the rest as it stands in ``source``.
+
+    Every process takes part, the first one writes. Raises on all of them what that one meets.
+    """
+    weights = engine.weights()
+    error = _write(weights, engine, path, source) if engine.ranks.is_first else None
+    for _ in weights:  # those who do not write, and a writer that has failed, still take part in gathering
+        pass
+    agree(error, engine.ranks)
+
+
+def _write(
+    weights: Iterator[tuple[str, Tensor]], engine: Engine, path: Path, source: Path
+) -> OSError | CheckpointError | None:
+    try:
+        config, reader, names = open_weights(source)
+        with ShardWriter(path) as writer:
+            write_config(writer, config, torch.float32)
+            trained = set()
+            for name, weight in weights:
+                writer.add(name, weight)
+                trained.add(name)
+            for name in names:
+                if name not in trained:
+                    writer.add(name, reader.read(name))
+            writer.copy_companions(source)
+    except (OSError, CheckpointError) as error:
+        return error
+    return None
 
 
 def remove_checkpoints(folder: Path, stages: Sequence[int]) -> None:
@@ -154,12 +248,3 @@ def remove_checkpoints(folder: Path, stages: Sequence[int]) -> None:
             shutil.rmtree(entry)
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _tensors(
-    student: HybridModel, optimiser: torch.optim.Optimizer, *, fresh: bool = False
-) -> dict[str, Any]:
-    return {
-        "model": {name: parameter.detach() for name, parameter in trained_parameters(student)},
-        "optimiser": optimiser_state(student, optimiser, fresh=fresh),
-    }

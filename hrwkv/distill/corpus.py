@@ -1,31 +1,39 @@
-"""The text of a run: tokenised once, packed for each stage as the stage wants it.
+"""The text of a run: tokenised once or streamed, packed for each stage as the stage wants it.
 
 Kept apart from the trainer, so that a caller with several runs on one text (a demo, a sweep) reads it once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hrwkv.data.documents import Document, read_documents, sample_documents
-from hrwkv.data.packing import PackedStream, PasskeyMix
+from hrwkv.data.cache import cached_store, tokenizer_fingerprint
+from hrwkv.data.documents import Document, Split, read_documents, sample_documents, source_fingerprint
+from hrwkv.data.mixing import MixedRows, Rows, Schedule
+from hrwkv.data.packing import PackedStream, PasskeyMix, spread_stride
 from hrwkv.data.passkey import PasskeyTask
-from hrwkv.data.tokens import TokenStore, tokenize_documents
+from hrwkv.data.prefetch import Prefetch
+from hrwkv.data.records import is_sharded, open_shards
+from hrwkv.data.streaming import DocumentStream, StreamedRows, TokenStream
+from hrwkv.data.tokens import (
+    Encoder,
+    TokenStore,
+    chat_renderer,
+    encode_documents,
+    tokenize_documents,
+)
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.settings import DataSettings, DistillSettings
 
-GOLDEN_RATIO = 0.6180339887498949
-
 
 class SpreadRows:
-    """Batches whose rows come from all over an epoch, as random access as the stream behind them.
+    """Rows that come from all over an epoch, as random access as the stream behind them.
 
     ``PackedStream`` shuffles documents, but a long document fills many rows: steps in succession would see
     one text, and distillation with so few steps is worse for it. Row i of an epoch of n rows is the stream's
@@ -34,22 +42,13 @@ class SpreadRows:
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        *,
-        context_length: int,
-        batch_tokens: int,
-        seed: int,
-        passkey: PasskeyMix | None,
+        self, store: TokenStore, *, context_length: int, seed: int, passkey: PasskeyMix | None
     ) -> None:
-        self.rows_per_batch = batch_tokens // context_length
         self.stream = PackedStream(
             store, context_length=context_length, batch_tokens=context_length, seed=seed, passkey=passkey
         )
         self.rows = max(len(store.tokens) // context_length, 1)
-        self.stride = max(round(self.rows * GOLDEN_RATIO), 1)
-        while math.gcd(self.stride, self.rows) > 1:
-            self.stride += 1
+        self.stride = spread_stride(self.rows)
 
     def row(self, index: int) -> int:
         """The stream's row at place ``index``."""
@@ -57,59 +56,159 @@ class SpreadRows:
         return epoch * self.rows + place * self.stride % self.rows
 
     def batch(self, index: int) -> tuple[Tensor, TokenBatch]:
-        """Token ids [T] int64 and their sequences, on the CPU; the same for the same ``index``."""
-        first = index * self.rows_per_batch
-        rows = [self.stream.batch(self.row(first + number)) for number in range(self.rows_per_batch)]
-        lengths = [length for _, batch in rows for length in batch.lengths]
-        return torch.cat([token_ids for token_ids, _ in rows]), TokenBatch.from_lengths(lengths)
+        """Token ids [context_length] int64 of one row and its sequences, on the CPU."""
+        return self.stream.batch(self.row(index))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: every row is as near as the next."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go to."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text of the mixture: its weight, what is trained on (a store or a stream) and what is held out."""
+
+    weight: float
+    train: TokenStore | TokenStream
+    dev: TokenStore
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised text of a run, and the passkey rows that are mixed into training."""
+    """The texts of a run, and the passkey rows that are mixed into training."""
 
-    train: TokenStore
-    dev: TokenStore
+    parts: tuple[Part, ...]
     passkey: PasskeyMix | None
 
-    def stream(self, settings: DistillSettings, stage: int) -> SpreadRows:
-        """Training batches of a stage; stages see the rows in different orders."""
-        return SpreadRows(
-            self.train,
-            context_length=settings.context_length(stage),
-            batch_tokens=settings.batch_tokens(stage),
-            seed=settings.data.seed + stage,
-            passkey=self.passkey,
-        )
+    @property
+    def dev(self) -> TokenStore:
+        """The held-out text of the part with the largest weight: filler for what is not of the mixture."""
+        return max(self.parts, key=lambda part: part.weight).dev
+
+    def stream(self, settings: DistillSettings, stage: int, *, pin: bool = False) -> Prefetch:
+        """Training batches of a stage, made ahead; stages see the rows in different orders.
+
+        pin: in page-locked memory, for a GPU. The caller closes it.
+        """
+        context_length, seed = settings.context_length(stage), settings.data.seed + stage
+        sources: list[Rows] = []
+        for part in self.parts:
+            if isinstance(part.train, TokenStore):
+                rows: Rows = SpreadRows(
+                    part.train, context_length=context_length, seed=seed, passkey=self.passkey
+                )
+            else:
+                rows = StreamedRows(
+                    part.train,
+                    context_length=context_length,
+                    block_rows=settings.data.shuffle_rows,
+                    seed=seed,
+                    passkey=self.passkey,
+                )
+            sources.append(rows)
+        mixed = self._mixed(sources, settings.batch_tokens(stage) // context_length)
+        return Prefetch(mixed, depth=settings.data.prefetch, pin=pin)
 
     def validation_batches(self, settings: DistillSettings, stage: int) -> list[tuple[Tensor, TokenBatch]]:
         """Batches from all over the dev split: at least one, and no text twice."""
-        size = settings.batch_tokens(stage)
-        stream = SpreadRows(
-            self.dev,
-            context_length=settings.context_length(stage),
-            batch_tokens=size,
-            seed=settings.data.seed,
-            passkey=None,
-        )
-        count = min(settings.validation_tokens // size, len(self.dev.tokens) // size)
-        return [stream.batch(index) for index in range(max(count, 1))]
+        context_length, size = settings.context_length(stage), settings.batch_tokens(stage)
+        sources = [
+            SpreadRows(part.dev, context_length=context_length, seed=settings.data.seed, passkey=None)
+            for part in self.parts
+        ]
+        rows = self._mixed(sources, size // context_length)
+        available = [len(part.dev.tokens) // context_length for part in self.parts]
+        count = 0
+        while count < settings.validation_tokens // size and all(
+            needed <= own
+            for needed, own in zip(
+                rows.schedule.rows_before((count + 1) * rows.rows_per_batch), available, strict=True
+            )
+        ):
+            count += 1
+        return [rows.batch(index) for index in range(max(count, 1))]
+
+    def _mixed(self, sources: list[Rows] | list[SpreadRows], rows_per_batch: int) -> MixedRows:
+        schedule = Schedule([part.weight for part in self.parts])
+        return MixedRows(sources, schedule, rows_per_batch=rows_per_batch)
 
 
-def read_corpus(model_path: Path, settings: DataSettings) -> Corpus:
-    """Tokenise the train and dev splits with a model directory's tokenizer.
-
-    Raises ValueError for a directory without a tokenizer and for text that cannot be read.
-    """
+def open_tokenizer(model_path: Path) -> Any:
+    """The tokenizer of a model directory. Raises ValueError if there is none that opens."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{model_path} has no tokenizer that Transformers can open: {reason}") from error
-    train: Iterable[Document] = read_documents(settings.sources, split="train")
-    if settings.max_bytes:
-        train = sample_documents(train, max_bytes=settings.max_bytes)
-    dev = read_documents(settings.sources, split="dev")
+
+
+def read_corpus(model_path: Path, settings: DataSettings) -> Corpus:
+    """Tokenise the train and dev splits with a model directory's tokenizer, or prepare to as they are needed.
+
+    Raises ValueError for a directory without a tokenizer and for text that cannot be read.
+    """
+    tokenizer = open_tokenizer(model_path)
+    read = _stream_part if settings.tokenise == "stream" else _ahead_part
+    parts = tuple(read(sources, weight, settings, tokenizer) for sources, weight in settings.mixture())
     share = settings.passkey_share
-    passkey = PasskeyMix(PasskeyTask(tokenizer), share) if share > 0 else None
-    return Corpus(tokenize_documents(train, tokenizer), tokenize_documents(dev, tokenizer), passkey)
+    return Corpus(parts, PasskeyMix(PasskeyTask(tokenizer), share) if share > 0 else None)
+
+
+def _ahead_part(sources: tuple[str, ...], weight: float, settings: DataSettings, tokenizer: Any) -> Part:
+    train, dev = (_store(sources, split, settings, tokenizer) for split in ("train", "dev"))
+    return Part(weight, train, dev)
+
+
+def _store(sources: tuple[str, ...], split: Split, settings: DataSettings, tokenizer: Any) -> TokenStore:
+    limit = settings.max_bytes if split == "train" else 0
+
+    def documents() -> Iterable[Document]:
+        found = read_documents(
+            sources,
+            split=split,
+            render=chat_renderer(tokenizer),
+            max_corrupt_share=settings.max_corrupt_share,
+        )
+        return sample_documents(found, max_bytes=limit) if limit else found
+
+    if not settings.cache:
+        return tokenize_documents(documents(), tokenizer, workers=settings.workers)
+    key = {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "sources": [source_fingerprint(source) for source in sources],
+        "split": split,
+        "max_bytes": limit,
+        "max_corrupt_share": settings.max_corrupt_share,
+    }
+    return cached_store(
+        Path(settings.cache),
+        key,
+        lambda: encode_documents(documents(), tokenizer, workers=settings.workers),
+    )
+
+
+def _stream_part(sources: tuple[str, ...], weight: float, settings: DataSettings, tokenizer: Any) -> Part:
+    (source,) = sources
+    if not is_sharded(source) or Path(source).is_dir():
+        raise ValueError(
+            f"text source {source!r} cannot be streamed: give .jsonl or .parquet files, a pattern such as "
+            "folder/*.txt, a URL or hf:org/name, or use data.tokenise = 'ahead'"
+        )
+    shards = open_shards(source, render=chat_renderer(tokenizer))
+    share = settings.max_corrupt_share
+    held_out = _up_to(settings.dev_bytes, DocumentStream(shards, "dev", share).once())
+    dev = tokenize_documents(held_out, tokenizer, workers=settings.workers)
+    train = TokenStream(DocumentStream(shards, "train", share), Encoder(tokenizer), settings.workers)
+    return Part(weight, train, dev)
+
+
+def _up_to(max_bytes: int, documents: Iterator[Document]) -> Iterator[Document]:
+    """The first documents, until they have `max_bytes`; at least one."""
+    for document in documents:
+        yield document
+        max_bytes -= len(document.text.encode())
+        if max_bytes <= 0:
+            return

@@ -1,8 +1,8 @@
 """AdamW over the parameters that train, its groups, and the learning rate as a function of the step.
 
 Mixers and everything else have their own peak rates, vectors are never decayed, and one factor moves all
-rates: a linear rise, then a cosine that ends with the stage's last token. The weights and both moments are
-fp32.
+rates: a linear rise, then a cosine that ends with the stage's last token. The weights are fp32, and so are
+both moments, unless they are asked for in 8 bits (torchao, arXiv 2110.02861, blocks of 256).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrwkv.distill.parallel import local, whole_shape
 from hrwkv.distill.stages import MIXER
 from hrwkv.settings import StageSettings
 
@@ -27,11 +28,14 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """True for matrices; r_k [H, K] is a vector per head."""
-    return parameter.dim() > 1 and not name.endswith(".r_k")
+    return len(whole_shape(parameter)) > 1 and not name.endswith(".r_k")
 
 
-def build_optimiser(model: nn.Module, settings: StageSettings) -> torch.optim.AdamW:
-    """AdamW with one group per peak rate and decay; a group's ``peak`` is its rate before the schedule."""
+def build_optimiser(model: nn.Module, settings: StageSettings) -> torch.optim.Optimizer:
+    """AdamW with one group per peak rate and decay; a group's ``peak`` is its rate before the schedule.
+
+    Raises ValueError for ``adamw8bit`` without torchao.
+    """
     base = settings.learning_rate if settings.base_learning_rate is None else settings.base_learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model):
@@ -42,7 +46,14 @@ def build_optimiser(model: nn.Module, settings: StageSettings) -> torch.optim.Ad
         {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
         for (peak, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(rows, betas=settings.betas, fused=True)
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(rows, betas=settings.betas, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optimiser is 'adamw8bit' but torchao is missing: pip install torchao") from error
+    optimiser: torch.optim.Optimizer = AdamW8bit(rows, betas=settings.betas)
+    return optimiser
 
 
 def schedule_factor(step: int, *, steps: int, warmup_ratio: float, final_ratio: float) -> float:
@@ -60,22 +71,41 @@ def schedule_factor(step: int, *, steps: int, warmup_ratio: float, final_ratio: 
 def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
     """Scale every group's peak rate."""
     for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * factor
+        rate = group["peak"] * factor
+        if isinstance(group["lr"], Tensor):  # torchao's, compiled with it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def optimiser_state(
     model: nn.Module, optimiser: torch.optim.Optimizer, *, fresh: bool = False
 ) -> dict[str, Any]:
-    """AdamW's moments by parameter name; ``fresh`` gives zeros of the right shapes to be filled."""
-    state = {}
+    """AdamW's state by parameter name; ``fresh`` makes a state of the right shapes first, to be filled.
+
+    A moment in 8 bits is given as the tensors that it consists of.
+    """
+    if fresh:
+        _make_state(model, optimiser)
+    state: dict[str, Any] = {}
     for name, parameter in trained_parameters(model):
-        if fresh:
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            values = {
-                "step": step,
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            optimiser.state[parameter] = values
-        state[name] = {moment: optimiser.state[parameter][moment] for moment in MOMENTS}
+        state[name] = {}
+        for moment in MOMENTS:
+            state[name] |= _plain(moment, optimiser.state[parameter][moment])
     return state
+
+
+def _make_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Let the optimiser make its own state: a step that moves nothing."""
+    set_learning_rate(optimiser, 0.0)
+    for _, parameter in trained_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor as itself, one of torchao's by its parts; a shard of either is known to checkpoints."""
+    if type(value) is Tensor or local(value) is not value:
+        return {name: value}
+    return {f"{name}.{part}": getattr(value, part) for part in ("codes", "scale")}

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hrwkv.data.packing import next_token_labels
+from hrwkv.distill.frozen import FROZEN
 from hrwkv.distill.losses import Measures, distillation_loss, measure
-from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total, whole
+from hrwkv.distill.parallel import Ranks, blocks_of, gathered, release, total
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.modeling import HybridModel
 
-FROZEN = re.compile(r"(model\.embed_tokens|model\.layers\.\d+\.mlp\..*|model\.norm|lm_head)\.(weight|bias)")
 MIXER = re.compile(r"model\.layers\.\d+\.self_attn\..*")
 
 Mode = Literal["all", "frozen-mlp"]
@@ -32,9 +32,10 @@ Mode = Literal["all", "frozen-mlp"]
 
 @dataclass(frozen=True)
 class StepInput:
-    """This process's part of a global batch, and the global counts that losses are divided by.
+    """This process's part of a micro-batch, and the counts of the whole step that losses are divided by.
 
-    token_ids: [T] int64; batch: its sequences; num_tokens, num_labels: of the global batch.
+    token_ids: [T] int64, T the same on all processes; batch: its sequences; num_tokens, num_labels: of all
+    micro-batches of a step on all processes. So the results and gradients of micro-batches just add up.
     """
 
     token_ids: Tensor
@@ -47,6 +48,7 @@ class StepInput:
 class StepResult:
     """What a step leaves beside the gradients; unread tensors, summed over processes.
 
+    Those of a micro-batch are its part of the step's: they add up too.
     loss: scalar. layer_loss: [L] in stage 1. kl, agreement: scalars, means over the tokens, in
     stages 2 and 3.
     """
@@ -62,6 +64,7 @@ class StepOptions:
     """What stays the same from step to step; the weights are of stages 2 and 3.
 
     dtype: float32, or bfloat16 for autocast in the forward pass. Gradients never run under autocast.
+    backward: the engine's, for a loss that is this process's part of a sum over processes.
     """
 
     ranks: Ranks
@@ -69,10 +72,19 @@ class StepOptions:
     ce_weight: float = 0.0
     hidden_weight: float = 0.0
     dtype: torch.dtype = torch.float32
+    backward: Callable[[Tensor], None] = Tensor.backward
 
     def autocast(self) -> torch.autocast:
-        """A context for forward passes."""
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        """A context for forward passes.
+
+        Casts are not kept: each weight is used once, and kept casts would be a second copy of the model.
+        """
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def share(self, inputs: StepInput) -> float:
+        """The micro-batch's tokens on all processes over the step's: the weight of a mean over them."""
+        return len(inputs.token_ids) * self.ranks.world / inputs.num_tokens
 
 
 StepFunction = Callable[[HybridModel, HybridModel, StepInput, StepOptions], StepResult]
@@ -95,7 +107,7 @@ def align_step(
 
     t_l is the output of the teacher's mixer l, s_l the student's on the same normed input. Inputs are the
     teacher's, and the first layer's value and key are passed on without their graph, so each layer's backward
-    runs before the next layer's forward.
+    runs before the next layer's forward. Of several micro-batches it is the mean, weighted by tokens.
     """
     batch, ranks, losses = inputs.batch, options.ranks, []
     rope, student_rope = teacher.model.rope(batch), student.model.rope(batch)
@@ -109,9 +121,8 @@ def align_step(
                 target, _ = block.mix(x, batch, rope)
                 hidden = block.feed_forward(hidden + target)
             y, first = own.mix(x, batch, student_rope, first)
-        loss = relative_error(y, target, ranks)
-        # The optimiser's gradient is the mean over processes, the loss is their sum.
-        (loss * (ranks.world / len(student.model.layers))).backward()
+        loss = relative_error(y, target, ranks) * options.share(inputs)
+        options.backward(loss * (1 / len(student.model.layers)))
         losses.append(loss.detach())
         first = None if first is None else (first[0].detach(), first[1].detach())
     layer_loss = total(torch.stack(losses), ranks)
@@ -119,7 +130,7 @@ def align_step(
 
 
 def relative_error(ours: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
-    """This process's part of ``||ours - target||^2 / ||target||^2`` over the global batch, fp32."""
+    """This process's part of ``||ours - target||^2 / ||target||^2`` over all processes' tokens, fp32."""
     size = total(target.float().square().sum(), ranks)
     return (ours.float() - target.float()).square().sum() / size
 
@@ -137,22 +148,26 @@ def distill_step(
     with options.autocast():
         with torch.no_grad():
             teacher_hidden = teacher(inputs.token_ids, inputs.batch, stream=targets)
-        loss, sums = distillation_loss(
-            student(inputs.token_ids, inputs.batch, stream=stream),
-            student.lm_head.weight,
-            teacher_hidden,
-            teacher.lm_head.weight,
-            labels=next_token_labels(inputs.token_ids, inputs.batch) if options.ce_weight > 0 else None,
-            kl_weight=options.kl_weight,
-            ce_weight=options.ce_weight,
-            num_tokens=inputs.num_tokens,
-            num_labels=inputs.num_labels,
-        )
-    release(teacher)
-    if stream and targets:
-        errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
-        loss = loss + options.hidden_weight * torch.stack(errors).mean()
-    (loss * ranks.world).backward()
+        hidden = student(inputs.token_ids, inputs.batch, stream=stream)
+    with gathered(student.lm_head):  # the loss reads the head from outside its module
+        with options.autocast():
+            loss, sums = distillation_loss(
+                hidden,
+                student.lm_head.weight,
+                teacher_hidden,
+                teacher.lm_head.weight,
+                labels=next_token_labels(inputs.token_ids, inputs.batch) if options.ce_weight > 0 else None,
+                kl_weight=options.kl_weight,
+                ce_weight=options.ce_weight,
+                num_tokens=inputs.num_tokens,
+                num_labels=inputs.num_labels,
+            )
+        release(teacher)
+        if stream and targets:
+            errors = [relative_error(x, y, ranks) for x, y in zip(stream, targets, strict=True)]
+            weight = options.hidden_weight * options.share(inputs)
+            loss = loss + weight * torch.stack(errors).mean()
+        options.backward(loss)
     means = torch.stack([loss.detach(), sums.kl / inputs.num_tokens, sums.agreement / inputs.num_tokens])
     summed_loss, kl, agreement = total(means, ranks).unbind()
     return StepResult(loss=summed_loss, kl=kl, agreement=agreement)
@@ -171,10 +186,13 @@ def validation_sums(
 ) -> Measures:
     """KL, agreement and both models' negative log-likelihoods, summed over the tokens of all processes."""
     with options.autocast():
+        hidden = student(inputs.token_ids, inputs.batch)
+        teacher_hidden = teacher(inputs.token_ids, inputs.batch)
+    with options.autocast(), gathered(student.lm_head):
         own = measure(
-            student(inputs.token_ids, inputs.batch),
+            hidden,
             student.lm_head.weight,
-            teacher(inputs.token_ids, inputs.batch),
+            teacher_hidden,
             teacher.lm_head.weight,
             labels=next_token_labels(inputs.token_ids, inputs.batch),
         )
@@ -198,29 +216,6 @@ def set_trainable(student: HybridModel, *, stage: Stage, mode: Mode) -> None:
     unread = student.config.unread_parameters
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains(name, stage=stage, mode=mode, unread=unread))
-
-
-def share_frozen(student: HybridModel, teacher: HybridModel, *, ranks: Ranks) -> None:
-    """Make the frozen weights of mode ``frozen-mlp`` the teacher's own tensors, so that they exist once.
-
-    Several processes only check them: there each model keeps its own shards. Raises ValueError where they
-    differ: the student has been trained in mode ``all``, or has another teacher.
-    """
-    theirs = dict(teacher.named_parameters())
-    for name, parameter in list(student.named_parameters()):
-        if FROZEN.fullmatch(name) is None:
-            continue
-        other = theirs.get(name)
-        full = None if other is None else whole(other.detach())
-        if full is None or full.shape != parameter.shape or not torch.equal(parameter.to(full), full):
-            raise ValueError(
-                f"mode is 'frozen-mlp', but {name} of the student is not the teacher's: use mode 'all', or "
-                "a student that was converted from this teacher and never trained in mode 'all'"
-            )
-        if ranks.world == 1:
-            owner, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(owner), leaf, other)
-    student.tie_weights()
 
 
 def check_pair(student: HybridConfig, teacher: HybridConfig) -> None:
@@ -256,7 +251,7 @@ def split_rows(token_ids: Tensor, batch: TokenBatch, *, context_length: int, ran
     own = tuple(length for length, end in zip(batch.lengths, ends, strict=True) if start < end <= stop)
     assert sum(own) == share
     return StepInput(
-        token_ids=token_ids[start:stop].to(ranks.device),
+        token_ids=token_ids[start:stop].to(ranks.device, non_blocking=True),
         batch=TokenBatch.from_lengths(own, device=ranks.device),
         num_tokens=token_ids.shape[0],
         num_labels=sum(length - 1 for length in batch.lengths if length > 0),

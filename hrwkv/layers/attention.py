@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hrwkv.kernels.attention import paged_attention, store_kv, varlen_attention
+from hrwkv.kernels.rope import rotate
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.layers.common import RMSNorm, Rope, apply_rope
+from hrwkv.layers.common import RMSNorm, Rope
 
 
 class Attention(nn.Module):
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if k_cache is None or v_cache is None:
             o = varlen_attention(q, k, v, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         else:

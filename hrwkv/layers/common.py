@@ -1,10 +1,13 @@
-"""What both kinds of layer share: RMSNorm, RoPE, low-rank products, SwiGLU (docs/hxa079.md, 1, 4, 7, 16)."""
+"""What both kinds of layer share: RMSNorm, low-rank products, SwiGLU (docs/hxa079.md, 1, 7, 16)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hrwkv.kernels.norm import rms_norm
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
 
@@ -19,23 +22,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] any float dtype; the result has x's shape and dtype."""
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
         return f"{self.weight.numel()}, eps={self.eps}"
-
-
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the halves of each head by its position (hxa079.md 4; RoFormer, arXiv 2104.09864).
-
-    x: [T, H, K]. rope: cos and sin, [T, K / 2] fp32. Returns x's shape and dtype, computed in fp32: bf16
-    tables lose the position beyond a few hundred tokens.
-    """
-    cos, sin = (table.unsqueeze(1) for table in rope)  # [T, 1, K / 2]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -52,6 +43,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, D] -> [T, D]."""
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """x: [T, D] -> [T, D]; ``recompute`` keeps x alone for the backward pass."""
+        if recompute:
+            y: Tensor = checkpoint(self.forward, x, use_reentrant=False)
+            return y
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

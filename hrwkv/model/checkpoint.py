@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from hrwkv.model.config import HybridConfig
 from hrwkv.model.families import config_from_teacher, family_of
@@ -72,13 +74,10 @@ def expected_shapes(config: HybridConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_model(
-    path: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> HybridModel:
-    """A model from one of our directories, or from a teacher's, in evaluation mode.
+def open_weights(path: Path | str) -> tuple[HybridConfig, ShardReader, list[str]]:
+    """The config of a model directory, its tensors unread, and the names of those that the model has.
 
-    Raises CheckpointError for anything missing, left over, mis-shaped or truncated; ValueError for a config
-    that we do not carry.
+    Raises as ``load_model`` does.
     """
     path = Path(path)
     config = load_config(path)
@@ -86,9 +85,42 @@ def load_model(
     names = list(carried_names(path, reader.names()))
     check_names({name: reader.shape(name) for name in names}, expected_shapes(config), path)
     check_tied_head(reader, config)
+    return config, reader, names
+
+
+class Fitting(Protocol):
+    """Gives parts of a model another form before weights are read, and takes those parts' weights."""
+
+    def prepare(self, model: HybridModel) -> None:
+        """Replace modules of a model on the meta device."""
+
+    def take(self, model: HybridModel, name: str, weight: Tensor) -> bool:
+        """See each weight as it is read, mapped on the CPU; True if it has been dealt with."""
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    fitting: Fitting | None = None,
+) -> HybridModel:
+    """A model from one of our directories, or from a teacher's, in evaluation mode.
+
+    One tensor after another goes to its device, so nothing is held twice. fitting: what takes some of them.
+    Raises CheckpointError for anything missing, left over, mis-shaped or truncated; ValueError for a config
+    that we do not carry.
+    """
+    config, reader, names = open_weights(path)
     with torch.device("meta"):
         model = HybridModel(config)
-    weights = {name: reader.read(name).to(device=device, dtype=dtype) for name in names}
+    if fitting is not None:
+        fitting.prepare(model)
+    weights = {}
+    for name in names:
+        weight = reader.read(name)
+        if fitting is None or not fitting.take(model, name, weight):
+            weights[name] = weight.to(device=device, dtype=dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.eval()

@@ -26,6 +26,15 @@ SIZES = (
 RANKS = ("decay_rank", "iclr_rank", "value_rank", "key_rank", "gate_rank")
 
 
+def spread_layers(count: int, num_layers: int) -> tuple[int, ...]:
+    """``count`` attention layers spread evenly over ``num_layers``, in order.
+
+    Layers 1 .. L-1 are cut into groups as equal as can be and the last of each is taken,
+    ``ceil(j (L - 1) / count)`` for j = 1 .. count: so the last layer is one of them and the first never is.
+    """
+    return tuple(-(-j * (num_layers - 1) // count) for j in range(1, count + 1))
+
+
 class HybridConfig(PreTrainedConfig):
     """Sizes of the teacher, the kind of every layer, and the low-rank sizes of the RWKV-7 mixer.
 

@@ -6,16 +6,22 @@ are the checkpoint's. Logits are apart: serving wants a few of them, training wa
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hrwkv.layers.attention import Attention
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope, SwiGLU
+from hrwkv.layers.linear import FrozenSwiGLU
 from hrwkv.layers.time_mix import VARIANTS, FirstLayer, LowRankSizes, TimeMix
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import LINEAR, HybridConfig
 from hrwkv.model.rope import RotaryTable
+
+# What gradient checkpointing keeps of a block besides its input, from the least memory to the most.
+Keep = Literal["nothing", "stream", "mlp", "mixer"]
 
 
 class Block(nn.Module):
@@ -28,7 +34,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = build_mixer(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.mlp: SwiGLU | FrozenSwiGLU = SwiGLU(
+            config.hidden_size, config.intermediate_size, bias=config.mlp_bias
+        )
 
     def forward(
         self,
@@ -37,10 +45,31 @@ class Block(nn.Module):
         rope: Rope,
         first: FirstLayer | None = None,
         memory: tuple[Tensor, ...] = (),
+        keep: Keep | None = None,
     ) -> tuple[Tensor, FirstLayer | None]:
-        """hidden [T, D] -> hidden [T, D], and the first layer's value and key where a residual reads them."""
-        mixed, first = self.mix(self.input_layernorm(hidden), batch, rope, first, memory)
-        return self.feed_forward(hidden + mixed), first
+        """hidden [T, D] -> hidden [T, D], and the first layer's value and key where a residual reads them.
+
+        keep: which half is not computed again in the backward pass, ``mixer`` or ``mlp``; ``stream``: none,
+        None: both.
+        """
+        if keep in ("stream", "mlp"):
+            # Non-reentrant: the reentrant form silently drops gradients around frozen parameters.
+            mixed, first = checkpoint(
+                self._normed_mix, hidden, batch, rope, first, memory, use_reentrant=False
+            )
+        else:
+            mixed, first = self._normed_mix(hidden, batch, rope, first, memory)
+        return self.feed_forward(hidden + mixed, recompute=keep in ("stream", "mixer")), first
+
+    def _normed_mix(
+        self,
+        hidden: Tensor,
+        batch: TokenBatch,
+        rope: Rope,
+        first: FirstLayer | None,
+        memory: tuple[Tensor, ...],
+    ) -> tuple[Tensor, FirstLayer | None]:
+        return self.mix(self.input_layernorm(hidden), batch, rope, first, memory)
 
     def mix(
         self,
@@ -58,9 +87,9 @@ class Block(nn.Module):
         k_cache, v_cache = memory or (None, None)
         return self.self_attn(x, batch, rope=own_rope, k_cache=k_cache, v_cache=v_cache), first
 
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The second half of the block, residual included."""
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def feed_forward(self, hidden: Tensor, *, recompute: bool = False) -> Tensor:
+        """The second half of the block, residual included; ``recompute``: the MLP's inside is not kept."""
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), recompute=recompute)
 
 
 def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
@@ -107,6 +136,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = RotaryTable(config)
         self.gradient_checkpointing = False
+        self.keep: Keep = "nothing"  # read with gradient_checkpointing only
 
     def forward(
         self,
@@ -124,11 +154,12 @@ class Backbone(nn.Module):
         memory = cache.by_layer(self.config) if cache is not None else [()] * len(self.layers)
         first = None
         for block, own in zip(self.layers, memory, strict=True):
-            if self.gradient_checkpointing and self.training:
-                # Non-reentrant: the reentrant form silently drops gradients around frozen parameters.
+            checkpoints = self.gradient_checkpointing and self.training
+            if checkpoints and self.keep == "nothing":
                 hidden, first = checkpoint(block, hidden, batch, rope, first, own, use_reentrant=False)
             else:
-                hidden, first = block(hidden, batch, rope, first, own)
+                keep = self.keep if checkpoints else None
+                hidden, first = block(hidden, batch, rope, first, own, keep)
             if stream is not None:
                 stream.append(hidden)
         return self.norm(hidden)

@@ -221,9 +221,13 @@ class ShardWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """A text file beside the weights, in a folder of its own if ``name`` says so."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """A file beside the weights, in a folder of its own if ``name`` says so."""
         with self._naming_errors():
             (self._partial / name).parent.mkdir(exist_ok=True)
-            (self._partial / name).write_text(text, encoding="utf-8")
+            (self._partial / name).write_bytes(content)
 
     def copy_companions(self, *sources: Path) -> None:
         """Tokenizer, generation config and chat template of the first of these directories that has each."""

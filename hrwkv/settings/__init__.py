@@ -8,6 +8,8 @@ from hrwkv.settings.convert import INITIALISATIONS, ConvertSettings, ImportSetti
 from hrwkv.settings.data import DataSettings
 from hrwkv.settings.distill import DistillSettings, StageSettings
 from hrwkv.settings.evaluate import DemoSettings, EvalSettings
+from hrwkv.settings.plan import PlanSettings
+from hrwkv.settings.select import SelectSettings
 
 __all__ = [
     "INITIALISATIONS",
@@ -17,5 +19,7 @@ __all__ = [
     "DistillSettings",
     "EvalSettings",
     "ImportSettings",
+    "PlanSettings",
+    "SelectSettings",
     "StageSettings",
 ]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from hrwkv.settings.checks import check_batch, require
+
+# No "?" before it: the end of a URL's query is no weight.
+WEIGHTED = re.compile(r"([^?]+)=(\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -12,9 +18,27 @@ class DataSettings:
     """What text a distillation reads and how it is packed."""
 
     sources: tuple[str, ...] = ("stdlib",)
-    """Text files, folders, .jsonl files, or ``stdlib``: the sources of the running Python."""
+    """Text files, folders, ``stdlib`` (the sources of the running Python), .jsonl and .parquet files,
+    patterns (``corpus/*.parquet``) and URLs of them, or ``hf:org/name[:config][@split]``. ``source=weight``
+    for all of them mixes by weight; without weights they are one text, or equal streams."""
     max_bytes: int = 0
-    """Bytes of training text that are read at most, spread over all documents; 0 reads everything."""
+    """Bytes of training text (of each weighted source) that are read at most, spread over all documents; 0
+    reads everything."""
+    max_corrupt_share: float = 0.001
+    """Share of a source's records, and of its files, that may be corrupt: they are logged and skipped."""
+    tokenise: Literal["ahead", "stream"] = "ahead"
+    """``ahead`` tokenises everything before the first step; ``stream`` as the steps need it, for sources that
+    are too large for that: .jsonl, .parquet, patterns, URLs and ``hf:`` only."""
+    cache: str = ""
+    """Folder for the text tokenised ahead, which is then mapped into memory; empty keeps it in memory."""
+    workers: int = 1
+    """Threads that tokenise; their number changes no token."""
+    prefetch: int = 2
+    """Batches that are made ahead of the step; 0 makes each when it is needed."""
+    shuffle_rows: int = 256
+    """Rows of a stream that are read at once and spread."""
+    dev_bytes: int = 1_000_000
+    """Bytes of each streamed source's dev split that are kept for validation."""
     passkey_share: float = 0.0
     """Share of the tokens that are generated passkey documents, 0 to 1."""
     context_length: int = 512
@@ -27,6 +51,33 @@ class DataSettings:
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no run can have."""
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one text source")
+        weights = [weight for _, weight in map(split_weight, self.sources) if weight is not None]
+        good = len(weights) in (0, len(self.sources)) and all(0 < weight < math.inf for weight in weights)
+        require(good, "data.sources", self.sources, "no weight or a weight above 0 for every source")
         require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "at least 0")
+        share = self.max_corrupt_share
+        require(0 <= share < 1, "data.max_corrupt_share", share, "0 to below 1")
+        require(self.tokenise in ("ahead", "stream"), "data.tokenise", self.tokenise, "ahead or stream")
+        if self.tokenise == "stream":
+            require(not self.max_bytes, "data.max_bytes", self.max_bytes, "0 with data.tokenise stream")
+            require(not self.cache, "data.cache", self.cache, "no cache with data.tokenise stream")
+        for name, least in (("workers", 1), ("prefetch", 0), ("shuffle_rows", 1), ("dev_bytes", 1)):
+            require(getattr(self, name) >= least, f"data.{name}", getattr(self, name), f"at least {least}")
         require(0 <= self.passkey_share <= 1, "data.passkey_share", self.passkey_share, "0 to 1")
         check_batch(self.context_length, self.batch_tokens, where="data")
+
+    def mixture(self) -> list[tuple[tuple[str, ...], float]]:
+        """Sources that are read as one, and their weight among the others.
+
+        Weighted sources stand alone, a stream too; sources without weights are one corpus.
+        """
+        pairs = [split_weight(source) for source in self.sources]
+        if self.tokenise == "ahead" and all(weight is None for _, weight in pairs):
+            return [(self.sources, 1.0)]
+        return [((name,), 1.0 if weight is None else weight) for name, weight in pairs]
+
+
+def split_weight(source: str) -> tuple[str, float | None]:
+    """``name=0.3`` as name and weight; a source that ends in no ``=number`` has none."""
+    match = WEIGHTED.fullmatch(source)
+    return (match[1], float(match[2])) if match else (source, None)

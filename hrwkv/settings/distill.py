@@ -8,6 +8,9 @@ from typing import Literal
 from hrwkv.settings.checks import check_batch, require
 from hrwkv.settings.data import DataSettings
 
+KEPT = ("nothing", "stream", "mlp", "mixer")
+FROZEN_DTYPES = ("bfloat16", "float8", "int8")
+
 
 @dataclass(frozen=True)
 class StageSettings:
@@ -33,6 +36,10 @@ class StageSettings:
     """Tokens of a row in this stage; None takes data.context_length."""
     batch_tokens: int | None = None
     """Tokens of a step in this stage; None takes data.batch_tokens."""
+    micro_batch_tokens: int | None = None
+    """Tokens that one process takes at once, a part of its share of a step; None takes the whole share. A
+    step's gradient is the sum over its micro-batches. Losses that are relative errors (stage 1,
+    hidden_weight) are then the mean of the micro-batches', each relative to its own size."""
     kl_weight: float = 1.0
     """Weight of KL(teacher || student) at temperature 1; stage 1 has its own loss."""
     ce_weight: float = 0.0
@@ -42,6 +49,11 @@ class StageSettings:
     about twice as much from a token with it; 0 distils the probabilities alone, as RADLADS does."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time; not for stage 1."""
+    keep: Literal["nothing", "stream", "mlp", "mixer"] = "nothing"
+    """What gradient_checkpointing keeps of a block besides its input: ``stream`` the residual stream between
+    its halves, ``mlp`` or ``mixer`` also the inside of that half, which is then not recomputed."""
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps both moments in 8 bits (torchao must be installed): 6 bytes less a weight."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no run can have."""
@@ -54,6 +66,12 @@ class StageSettings:
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, "at least 0")
         good = all(0 <= beta < 1 for beta in self.betas)
         require(good, "stage.betas", self.betas, "two numbers, 0 to below 1")
+        require(self.keep in KEPT, "stage.keep", self.keep, ", ".join(KEPT))
+        idle = self.keep != "nothing" and not self.gradient_checkpointing
+        require(not idle, "stage.keep", self.keep, "nothing, or gradient_checkpointing switched on")
+        require(
+            self.optimiser in ("adamw", "adamw8bit"), "stage.optimiser", self.optimiser, "adamw or adamw8bit"
+        )
         require(self.clip >= 0, "stage.clip", self.clip, "at least 0")
         require(self.hidden_weight >= 0, "stage.hidden_weight", self.hidden_weight, "at least 0")
         weights = (self.kl_weight, self.ce_weight)
@@ -65,6 +83,8 @@ class StageSettings:
 class DistillSettings:
     """A whole distillation: the data, the three stages, and how often it looks up from its work."""
 
+    base_model: str = ""
+    """The teacher's directory or hub name: for a command that names none, and for the model card."""
     mode: Literal["all", "frozen-mlp"] = "all"
     """``all`` trains every parameter in stages 2 and 3; ``frozen-mlp`` leaves embeddings, MLPs, final norm
     and head as the teacher's and shares their memory with it (RADLADS measured a loss of quality)."""
@@ -82,14 +102,33 @@ class DistillSettings:
         default_factory=lambda: StageSettings(learning_rate=2e-4, base_learning_rate=1e-4)
     )
     """Long context."""
+    spike_factor: float = 0.0
+    """A step whose loss is this many times the running median is a spike; 0 looks for none."""
+    spike_action: Literal["skip", "rollback"] = "skip"
+    """``skip`` leaves a spike's gradients out, for which the device is waited for in each step; ``rollback``
+    goes back to the last checkpoint and leaves the step out when it comes again."""
+    spike_limit: int = 10
+    """Spikes of a stage that are borne; one more is an error."""
     validate_every: int = 100
     """Steps between two validations; 0 validates only at the end of a stage."""
     validation_tokens: int = 8192
     """Tokens of the dev split that a validation reads, at least one batch."""
+    validation_passkeys: int = 8
+    """Passkey prompts of the stage's context length in a validation, scored teacher-forced; none where the
+    context is too short for one."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0 writes none, and an interrupted stage starts again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16`` runs the matrix products in bf16, on a GPU only; trained weights stay fp32."""
+    frozen_dtype: Literal["bfloat16", "float8", "int8"] = "bfloat16"
+    """How the weights that never train are kept in mode frozen-mlp: ``float8`` or ``int8`` hold the MLPs,
+    once for both models, and the teacher's attention in 8 bits, float8 computes in them on Hopper;
+    ``bfloat16`` leaves them as dtype says. On one process."""
+    parallel: Literal["fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
+    """How several processes (torchrun) share the student: torch's FSDP2, or DeepSpeed's ZeRO, which cuts the
+    optimiser's state (1), also gradients (2), also parameters (3). A run may be resumed with another."""
+    reduce_each_micro_batch: bool = False
+    """With fsdp2: sum gradients over processes after each micro-batch, not once a step; saves memory."""
     device: str = "auto"
     """``auto`` (a GPU where there is one), ``cpu`` or ``cuda``."""
 
@@ -98,10 +137,34 @@ class DistillSettings:
         require(self.mode in ("all", "frozen-mlp"), "mode", self.mode, "all or frozen-mlp")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
-        for name in ("validate_every", "validation_tokens", "checkpoint_every"):
+        require(
+            self.frozen_dtype in FROZEN_DTYPES, "frozen_dtype", self.frozen_dtype, ", ".join(FROZEN_DTYPES)
+        )
+        if self.frozen_dtype != "bfloat16" and self.mode != "frozen-mlp":
+            raise ValueError(
+                f"frozen_dtype is {self.frozen_dtype!r} in mode {self.mode!r}, where MLPs train: "
+                "use bfloat16, or mode 'frozen-mlp'"
+            )
+        kinds = ("fsdp2", "zero1", "zero2", "zero3")
+        require(self.parallel in kinds, "parallel", self.parallel, ", ".join(kinds))
+        counts = (
+            "validate_every",
+            "validation_tokens",
+            "validation_passkeys",
+            "checkpoint_every",
+            "spike_limit",
+        )
+        for name in counts:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        factor, action = self.spike_factor, self.spike_action
+        require(factor == 0 or factor > 1, "spike_factor", factor, "more than 1, or 0")
+        require(action in ("skip", "rollback"), "spike_action", action, "skip or rollback")
         for number in (1, 2, 3):
-            check_batch(self.context_length(number), self.batch_tokens(number), where=f"stage{number}")
+            context_length, micro = self.context_length(number), self.stage(number).micro_batch_tokens
+            check_batch(context_length, self.batch_tokens(number), where=f"stage{number}")
+            whole = micro is None or (micro > 0 and micro % context_length == 0)
+            expected = f"a multiple of context_length {context_length}, or none"
+            require(whole, f"stage{number}.micro_batch_tokens", micro, expected)
 
     def stage(self, number: int) -> StageSettings:
         """The settings of stage 1, 2 or 3."""

@@ -243,7 +243,9 @@ def test_demo_makes_every_student(files: Files, run: Run, tmp_path: Path) -> Non
     assert "exists already" in again.err
 
 
-@pytest.mark.parametrize("command", ["convert", "distill", "eval", "generate", "chat", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "select", "plan", "distill", "eval", "generate", "chat", "demo"]
+)
 def test_help_has_summary_defaults_and_examples(command: str, run: Run) -> None:
     done = run(command, "--help")
     assert (done.code, done.err) == (0, "")

@@ -91,3 +91,20 @@ def directories(
         words_in_file = generator.choices(words, k=generator.randint(5, 60))
         (text / f"{number}.txt").write_text(" ".join(words_in_file))
     return folder / "student", folder / "teacher", text
+
+
+@pytest.fixture(scope="session")
+def aligned(
+    tmp_path_factory: pytest.TempPathFactory, make_pair: Pair, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Path, Path]:
+    """Directories of a student as stage 1 leaves it, every layer RWKV, and of its teacher; read only."""
+    folder = tmp_path_factory.mktemp("aligned")
+    teacher, _ = make_pair()
+    student = randomise(HybridModel(tiny_config([LINEAR] * len(KINDS), rope=False)), seed=2)
+    theirs = teacher.state_dict()
+    shared = {name: theirs[name] for name in student.state_dict() if name in theirs}
+    student.load_state_dict(shared, strict=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for name, model in (("teacher", teacher), ("student", student)):
+        save_model(model, folder / name, companions=folder / "tokenizer")
+    return folder / "student", folder / "teacher"

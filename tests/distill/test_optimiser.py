@@ -1,10 +1,19 @@
 """Parameter groups and the learning rate at the ends of its schedule."""
 
+import copy
+import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from hrwkv.distill.optimiser import build_optimiser, schedule_factor, set_learning_rate
+from hrwkv.distill.optimiser import (
+    build_optimiser,
+    optimiser_state,
+    schedule_factor,
+    set_learning_rate,
+    trained_parameters,
+)
 from hrwkv.distill.stages import STAGES, set_trainable
 from hrwkv.model.modeling import HybridModel
 from hrwkv.settings import StageSettings
@@ -51,3 +60,56 @@ def test_groups_have_their_own_rates_and_decay_matrices_only(
     assert found["model.norm.weight"] == (5e-4, 0.0)
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert found.keys() == trained
+
+
+def trained_student(make_pair: Callable[..., tuple[HybridModel, HybridModel]]) -> HybridModel:
+    """A student whose trained parameters have gradients."""
+    _, student = make_pair()
+    set_trainable(student, stage=STAGES[2], mode="all")
+    give_gradients(student, seed=0)
+    return student
+
+
+def give_gradients(student: HybridModel, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in trained_parameters(student):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_a_state_that_was_read_goes_on_as_the_one_that_was_written(
+    make_pair: Callable[..., tuple[HybridModel, HybridModel]], kind: str
+) -> None:
+    """A fresh state moves no weight, and filled in place it takes the same next step, bit for bit."""
+    if kind == "adamw8bit":
+        pytest.importorskip("torchao.optim")
+    settings = StageSettings(optimiser=kind, weight_decay=0.1)
+    student = trained_student(make_pair)
+    first = build_optimiser(student, settings)
+    set_learning_rate(first, 1.0)
+    first.step()
+    other = copy.deepcopy(student)
+    second = build_optimiser(other, settings)
+    state = optimiser_state(other, second, fresh=True)
+    for (name, ours), theirs in zip(student.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for name, values in optimiser_state(student, first).items():
+        assert state[name].keys() == values.keys()
+        for part, value in values.items():
+            state[name][part].copy_(value)
+    for model, optimiser in ((student, first), (other, second)):
+        give_gradients(model, seed=1)
+        set_learning_rate(optimiser, 0.7)
+        optimiser.step()
+    for (name, ours), theirs in zip(student.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_moments_in_8_bits_need_torchao(
+    make_pair: Callable[..., tuple[HybridModel, HybridModel]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(
+        ValueError, match="optimiser is 'adamw8bit' but torchao is missing: pip install torchao"
+    ):
+        build_optimiser(trained_student(make_pair), StageSettings(optimiser="adamw8bit"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from hrwkv.distill import trainer
+from hrwkv.distill import loop
+from hrwkv.distill.checkpointing import model_fingerprint
 from hrwkv.distill.logs import Progress
+from hrwkv.distill.loop import RunStoppedError
 from hrwkv.distill.trainer import distill
-from hrwkv.model.checkpoint import load_model
+from hrwkv.model.checkpoint import load_model, save_model
 from hrwkv.settings import DataSettings, DistillSettings, StageSettings
 
 CONTEXT, ROWS, STEPS = 16, 2, 8
@@ -136,6 +139,68 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_that_step(
+    directories: Directories, whole: Path, tmp_path: Path, stage: int
+) -> None:
+    student, teacher, text = directories
+    cut, seen = tmp_path / "cut", []
+    with pytest.raises(RunStoppedError, match=f"after step 5/8 of stage {stage}"):
+        distill(
+            student,
+            teacher,
+            cut,
+            recipe(text, checkpoint_every=0),
+            stages=(1, 2),
+            resume=False,
+            observer=seen.append,
+            stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, 5),
+        )
+    assert os.listdir(cut / "checkpoints") == [f"stage{stage}-step0000005"]
+    distill(student, teacher, cut, recipe(text), stages=(1, 2), resume=True, observer=ignore)
+    assert rows(cut) == rows(whole)
+
+
+def test_a_stop_between_stages_is_not_forgotten(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    out, seen = tmp_path / "out", []
+    with pytest.raises(RunStoppedError, match="after stage 1"):
+        distill(
+            student, teacher, out, recipe(text), stages=(1, 2), resume=False, observer=seen.append,
+            stop=lambda: seen[-1].step == STEPS,
+        )  # fmt: skip
+    assert (out / "stage1").exists()
+    assert {progress.stage for progress in seen} == {1}
+
+
+def test_stage_2_starts_from_a_selection(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    out = tmp_path / "out"
+    distill(student, teacher, out, recipe(text), stages=(1,), resume=False, observer=ignore)
+    shutil.copytree(student, out / "selected")
+    distill(student, teacher, out, recipe(text), stages=(2,), resume=False, observer=ignore)
+    recipes = json.loads((out / "recipe.json").read_text())
+    assert recipes["2"]["student.weights"] == model_fingerprint(student)["weights"]
+    assert recipes["2"]["student.weights"] != model_fingerprint(out / "stage1")["weights"]
+
+
+def test_a_streamed_run_goes_on_where_it_was_in_the_text(directories: Directories, tmp_path: Path) -> None:
+    student, teacher, text = directories
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(text.iterdir())]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    settings = recipe(tmp_path / "text.jsonl")
+    data = replace(settings.data, tokenise="stream", shuffle_rows=3, dev_bytes=500)
+    settings = replace(settings, data=data)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    distill(student, teacher, whole, settings, stages=(2,), resume=False, observer=ignore)
+    with pytest.raises(StoppedError, match=r"\d"):
+        distill(student, teacher, cut, settings, stages=(2,), resume=False, observer=stop_at(2, 7))
+    facts = json.loads((cut / "checkpoints" / "stage2-step0000006" / "trainer.json").read_text())
+    assert facts["extra"]["stream"]["sources"][0]["block"] == 3  # rows 9 to 11, the last of step 6
+    distill(student, teacher, cut, settings, stages=(2,), resume=True, observer=ignore)
+    assert rows(cut) == rows(whole)
+
+
 KILLED_RUN = """
 import os, signal, sys, torch
 from pathlib import Path
@@ -237,12 +302,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     model = load_model(student)
     with torch.no_grad():
         model.model.layers[1].self_attn.w0[3] = torch.nan
-    trainer.save_student(
-        model, tmp_path / "bad", companions=student, ranks=trainer.Ranks(0, 1, torch.device("cpu"))
-    )
+    save_model(model, tmp_path / "bad", companions=student)
     message = {
         1: "stage 1, step 1: the loss of layer 1 is not finite",
-        2: "stage 2, step 1: the loss is not finite",
+        2: "stage 2, step 1: the loss is not finite, first in the output of layer 1 of the student",
     }
     with pytest.raises(ValueError, match=message[stage]):
         distill(
@@ -261,14 +324,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, text = directories
-    set_rate = trainer.set_learning_rate
+    set_rate = loop.set_learning_rate
 
     def spoil(optimiser: torch.optim.Optimizer, factor: float) -> None:
         set_rate(optimiser, factor)
         parameter = optimiser.param_groups[0]["params"][0]
         parameter.register_hook(lambda gradient: gradient * torch.inf)
 
-    monkeypatch.setattr(trainer, "set_learning_rate", spoil)
+    monkeypatch.setattr(loop, "set_learning_rate", spoil)
     name = "model.embed_tokens.weight"
     with pytest.raises(ValueError, match=rf"stage 2, step 1: the gradient \({name}\) is not finite"):
         distill(student, teacher, tmp_path / "out", recipe(text), stages=(2,), resume=False, observer=ignore)
@@ -300,8 +363,7 @@ def test_resume_with_another_model_names_it(directories: Directories, tmp_path: 
     model = load_model({"student": student, "teacher": teacher}[changed])
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    ranks = trainer.Ranks(0, 1, torch.device("cpu"))
-    trainer.save_student(model, tmp_path / "other", companions=student, ranks=ranks)
+    save_model(model, tmp_path / "other", companions=student)
     pair = {"student": student, "teacher": teacher} | {changed: tmp_path / "other"}
     with pytest.raises(ValueError, match=rf"cannot resume .*: {changed}\.weights is"):
         distill(
@@ -319,7 +381,7 @@ def test_damaged_checkpoint_is_one_line(directories: Directories, tmp_path: Path
     student, teacher, text = directories
     out = tmp_path / "out"
     begun(directories, out)
-    for shard in (out / "checkpoints" / "stage1-step0000003").glob("*.distcp"):
+    for shard in (out / "checkpoints" / "stage1-step0000003").rglob("*.distcp"):
         os.truncate(shard, 100)
     with pytest.raises(OSError, match="cannot read the checkpoint .*stage1-step0000003, remove it") as caught:
         distill(student, teacher, out, recipe(text), stages=(1,), resume=True, observer=ignore)

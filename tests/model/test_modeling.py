@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.time_mix import VARIANTS
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import FULL, LINEAR, HybridConfig
-from hrwkv.model.modeling import HybridModel
+from hrwkv.model.modeling import HybridModel, Keep
 from tests.builders import cached_batch, hybrid_model, logits_of, random_ids
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "hxa079_tiny"
@@ -168,18 +169,43 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen: tuple[str, ...]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     gradients = []
-    for checkpointing in (False, True):
+    for keep in (None, *get_args(Keep)):
         model.train()
-        model.model.gradient_checkpointing = checkpointing
+        model.model.gradient_checkpointing = keep is not None
+        model.model.keep = keep or "nothing"
         model.zero_grad()
         logits = model.compute_logits(model(random_ids(30), TokenBatch.from_lengths([11, 19])))
         logits.log_softmax(-1)[:, 3].sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unread = {f"model.layers.0.self_attn.{name}" for name in UNREAD[variant]}
-    assert gradients[0].keys() == gradients[1].keys() == trained - unread
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+    assert gradients[0].keys() == trained - unread
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_each_choice_of_what_is_kept_keeps_less_than_the_next() -> None:
+    """Bytes that autograd holds after a forward pass; every choice between nothing and everything differs."""
+    model = hybrid_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" not in name and "embed_tokens" not in name)
+    kept = []
+    for keep in (*get_args(Keep), None):
+        model.model.gradient_checkpointing = keep is not None
+        model.model.keep = keep or "nothing"
+        alive: dict[int, int] = {}
+
+        def pack(x: Tensor, alive: dict[int, int] = alive) -> Tensor:
+            alive[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = model(random_ids(30), TokenBatch.from_lengths([11, 19]))
+        kept.append(sum(alive.values()))
+        del hidden
+    assert kept == sorted(set(kept))
 
 
 @pytest.mark.parametrize(("variant", "name"), [("hxa079", "key"), ("hxa079", "value"), ("radlads", "value")])
