@@ -73,12 +73,17 @@ def blocks_of(model: HybridModel) -> list[Block]:
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Hold a sharded module's own parameters whole in the ``with`` block (not inner modules')."""
+def gathered(module: nn.Module, *, then: nn.Module | None = None) -> Iterator[None]:
+    """Hold a sharded module's own parameters whole in the ``with`` block (not inner modules').
+
+    then: the module that is asked for next; FSDP2 gathers its parameters meanwhile.
+    """
     with contextlib.ExitStack() as stack:
         if isinstance(module, FSDPModule):
             module.unshard()
             stack.callback(module.reshard)
+            if isinstance(then, FSDPModule):
+                then.unshard(async_op=True)
         elif own := [part for part in module.parameters(recurse=False) if hasattr(part, "ds_id")]:
             import deepspeed
 
