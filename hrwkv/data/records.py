@@ -271,6 +271,8 @@ def _read_parquet(file: BinaryIO, name: str, start: int, render: Render | None) 
 
     table = parquet.ParquetFile(file)
     columns = [column for column in ("text", "messages") if column in table.schema_arrow.names]
+    if not columns:
+        raise ValueError(f"it has no column text or messages, only {', '.join(table.schema_arrow.names)}")
     number = 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows

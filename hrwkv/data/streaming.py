@@ -56,23 +56,31 @@ class DocumentStream:
             for document, after in self._epoch(at, seed):
                 at = after
                 yield document, after
-            if not at["found"]:
-                raise ValueError(
-                    f"the {self.split} split of {self.shards.source} is empty: give more text, or "
-                    "data.tokenise = 'ahead', which cuts a few documents"
-                )
+            self._check_found(at["found"])
             at = _epoch_start(at["epoch"] + 1)
 
     def once(self) -> Iterator[Document]:
-        """Yield the documents of one epoch, shards in the order of their names."""
-        for document, _ in self._epoch(_epoch_start(0), seed=None):
+        """Yield the documents of one epoch, shards in the order of their names; raises as ``read`` does."""
+        found = 0
+        for document, after in self._epoch(_epoch_start(0), seed=None):
+            found = after["found"]
             yield document
+        self._check_found(found)
+
+    def _check_found(self, found: int) -> None:
+        if not found:
+            raise ValueError(
+                f"the {self.split} split of {self.shards.source} is empty: give more text, or "
+                "data.tokenise = 'ahead', which cuts a few documents"
+            )
 
     def _epoch(self, at: Position, seed: int | None) -> Iterator[tuple[Document, Position]]:
         names = self.shards.names
         order = np.arange(len(names))
         if seed is not None:
-            order = np.argsort(hash_bits(order.astype(np.uint64), salt=mix_bits(seed, at["epoch"])))
+            order = np.argsort(
+                hash_bits(order.astype(np.uint64), salt=mix_bits(seed, at["epoch"])), kind="stable"
+            )
         ledger = Ledger(
             self.shards.source,
             max_share=self.max_corrupt_share,

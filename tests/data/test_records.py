@@ -109,6 +109,15 @@ def test_a_broken_file_ends_with_a_fault_that_names_it(tmp_path: Path) -> None:
         assert f"{name} cannot be read from record {len(good) + 1} on" in last.fault
 
 
+def test_a_table_without_text_names_the_columns_that_it_has(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", {"id": [1], "body": ["x"]})
+    (record,) = open_shards(str(tmp_path / "a.parquet"), render=None).read(0, 0)
+    assert record.ends_shard
+    assert "a.parquet cannot be read from record 1 on: it has no column text or messages, only id, body" in (
+        record.fault
+    )
+
+
 def test_a_file_that_vanishes_is_an_error_and_no_corruption(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
     shards = open_shards(str(tmp_path / "a.jsonl"), render=None)

@@ -66,8 +66,8 @@ def train_texts() -> list[str]:
     return [text for text in TEXTS if split_of(text) == "train"]
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 5), st.integers(1, 19), st.integers(1, 9), st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 5), st.integers(5, 40), st.integers(1, 9), st.integers(0, 99))
 def test_rows_are_the_documents_end_to_end(shards: int, context: int, block: int, seed: int) -> None:
     source = rows(spread(TEXTS, shards), context=context, block=block, seed=seed)
     count = -(-2 * sum(len(text) + 1 for text in train_texts()) // context)
@@ -185,6 +185,8 @@ def test_a_split_without_a_document_is_an_error_and_no_endless_search() -> None:
     dev = next(text for text in (f"text {index}" for index in range(999)) if split_of(text) == "dev")
     with pytest.raises(ValueError, match="the train split of memory is empty: give more text, or"):
         rows(MemoryShards([[dev]])).batch(0)
+    with pytest.raises(ValueError, match="the test split of memory is empty: give more text, or"):
+        list(DocumentStream(MemoryShards([[dev]]), "test", 0.0).once())
 
 
 def test_passkey_rows_come_by_their_share_and_are_text_with_a_needle(tokenizer: Any) -> None:
