@@ -51,8 +51,8 @@ def joined(device: str) -> Iterator[Ranks]:
         with warnings.catch_warnings():
             # FSDP2 says so of the first layer's value and key, which nothing changes in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            # DeepSpeed calls it by its older name.
-            warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")
+            # DeepSpeed calls collectives by their older names.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated")
             yield _ranks(kind)
     finally:
         if starts_group:
