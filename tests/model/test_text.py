@@ -50,6 +50,7 @@ def test_pieces_of_any_bytes_are_the_decoded_bytes(data: list[int]) -> None:
     cut=st.integers(0, 9),
 )
 @example(text="\U0001f600\U0001f600\u20ac" * WINDOW, cut=0)
+@example(text="\u00e9\u4e2d", cut=6)
 def test_pieces_of_words_and_fallen_back_bytes_are_the_text(text: str, cut: int) -> None:
     tokens = FALLBACK.encode(text)
     prompt, answer = tokens[:cut], tokens[cut:]
@@ -57,6 +58,11 @@ def test_pieces_of_words_and_fallen_back_bytes_are_the_text(text: str, cut: int)
     pieces = streamed(FALLBACK, prompt, answer)
     assert decoded(FALLBACK, prompt) + "".join(pieces) == decoded(FALLBACK, tokens)
     assert MARK not in "".join(pieces)
+
+
+def test_a_token_without_text_does_not_take_the_next_ones_space() -> None:
+    word, end = FALLBACK.encode("a")[0], FALLBACK.eos_token_id
+    assert "".join(streamed(FALLBACK, [], [word, end, word])) == "a a"
 
 
 def test_a_piece_comes_as_soon_as_its_character_is_whole() -> None:
