@@ -90,7 +90,7 @@ def test_the_recorded_function_is_a_decode_step() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("when", ["startup", "lazy", "off"])
 def test_recorded_steps_on_a_gpu_give_the_answers_alone(when: str) -> None:
-    """Batches of changing size with prompts between them, preemption and forks, one step ahead of the host."""
+    """Batches of changing size, prompts between them, preemption, forks; one step ahead of the host."""
     model = hybrid_model((2,), head_dim=32, eos_token_id=None).cuda()
     sizes = fit_memory(model, EngineSettings(max_sequences=6, block_size=4, cache_bytes=10**6))
     driver = Driver(
