@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class TokenBatch:
     block_tables: [N, M] int64, each sequence's KV blocks in order.
     slot_mapping: [T] int64, ``block * block_size + offset`` where each token's key and value are stored.
     context_lens: [N] int64, tokens of each sequence in the KV cache, these included.
+    contexts: N ints, the host's copy of ``context_lens`` where the caller has it: on a GPU it saves copies.
     context_starts: [N] int64, the first cached token that may be attended to (left padding); None is 0.
     """
 
@@ -35,6 +37,7 @@ class TokenBatch:
     block_tables: Tensor | None = None
     slot_mapping: Tensor | None = None
     context_lens: Tensor | None = None
+    contexts: tuple[int, ...] | None = None
     context_starts: Tensor | None = None
 
     @classmethod
@@ -49,6 +52,11 @@ class TokenBatch:
         positions = torch.arange(int(counts.sum()), dtype=torch.int64) - starts
         cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
         return cls(positions=positions.to(device), cu_seqlens=cu_seqlens.to(device), lengths=lengths)
+
+    @property
+    def num_single(self) -> int:
+        """How many sequences at the beginning bring exactly one token each."""
+        return sum(1 for _ in takewhile(lambda length: length == 1, self.lengths))
 
     @property
     def is_decode(self) -> bool:
