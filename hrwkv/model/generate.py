@@ -61,8 +61,13 @@ def open_directory(
     model = HybridForCausalLM.from_core(load_model(path, dtype=dtype, device=device))
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, open_tokenizer(path)
+
+
+def open_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory. Raises ValueError if it has none that opens."""
     try:
-        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:  # which of them depends on what is missing
         raise ValueError(f"{path} has no tokenizer that opens: copy the teacher's files there") from error
 
