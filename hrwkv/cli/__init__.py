@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, chat, convert, demo, distill, evaluate, generate, inspect, published
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -31,8 +31,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
-    "generate": (generate.generate, generate.GENERATE_EXAMPLES),
-    "chat": (generate.chat, generate.CHAT_EXAMPLES),
+    "generate": (generate.generate, generate.EXAMPLES),
+    "chat": (chat.chat, chat.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }
 
