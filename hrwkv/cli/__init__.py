@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, chat, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, bench, chat, convert, demo, distill, evaluate, generate, inspect, published
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),
     "chat": (chat.chat, chat.EXAMPLES),
+    "bench": (bench.bench, bench.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }
 

@@ -20,6 +20,11 @@ from hrwkv.engine.request import Grammar
 WORD = 32
 
 
+def allocate_mask(rows: int, vocab_size: int) -> NDArray[np.int32]:
+    """[rows, ceil(vocab_size / 32)] int32 with every token allowed, as ``sampling.sample`` takes it."""
+    return np.full((rows, -(-vocab_size // WORD)), -1, dtype=np.int32)
+
+
 class GrammarCompiler:
     """Makes the state of a grammar for one tokenizer. Building what it needs takes a second, at first use.
 
@@ -81,24 +86,24 @@ class GrammarState:
         """True if nothing may follow: the text is complete, or an end token came."""
         return bool(self._matcher.is_stopped())
 
-    def fill_mask(self, row: NDArray[np.int32], *, may_end: bool = True) -> None:
-        """Write which tokens may come next into ceil(V / 32) words, bit t of them for token t.
+    def fill_mask(self, mask: NDArray[np.int32], row: int, *, may_end: bool = True) -> None:
+        """Write the tokens allowed next into a row of ``allocate_mask``; not after the end.
 
-        Not after the end. may_end: False (before ``min_tokens``) leaves out the end tokens, unless only they
-        are allowed. Raises ValueError if the grammar turns out too complex.
+        may_end: False (before ``min_tokens``) leaves out the end tokens, unless only they are allowed. Raises
+        ValueError if the grammar turns out too complex.
         """
         from llguidance.numpy import fill_next_token_bitmask
 
         assert not self.is_ended, "a mask after the end"
-        fill_next_token_bitmask(self._matcher, row[None], 0)
+        fill_next_token_bitmask(self._matcher, mask, row)
         self.check("the grammar cannot go on")
         if may_end:
             return
-        rest = row.view(np.uint32).copy()
+        rest = mask[row].copy()
         for token in self._end_ids:
-            rest[token // WORD] &= ~np.uint32(1 << token % WORD)
+            rest.view(np.uint32)[token // WORD] &= ~np.uint32(1 << token % WORD)
         if rest.any():
-            row[:] = rest.view(np.int32)
+            mask[row] = rest
 
     def accept(self, token: int) -> None:
         """Move past a token. Raises ValueError if the mask did not allow it, or if it became too complex."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hrwkv.engine.grammar import GrammarCompiler, GrammarState
+from hrwkv.engine.grammar import GrammarCompiler, GrammarState, allocate_mask
 from hrwkv.engine.request import Grammar, SamplingParams
 from hrwkv.engine.sampling import SamplingBatch, SequenceSampling, sample
 from tests.tokenizers import byte_tokenizer, byte_tokens
@@ -41,8 +41,8 @@ COMPILER = compiler()
 
 
 def allowed(state: GrammarState, *, may_end: bool = True) -> list[int]:
-    mask = np.full((2, -(-VOCAB // 32)), -1, dtype=np.int32)
-    state.fill_mask(mask[1], may_end=may_end)
+    mask = allocate_mask(2, VOCAB)
+    state.fill_mask(mask, 1, may_end=may_end)
     assert (mask[0] == -1).all()
     bits = np.unpackbits(mask[1].view(np.uint8), bitorder="little")
     return [int(token) for token in bits.nonzero()[0]]
@@ -113,9 +113,9 @@ def test_an_end_that_is_the_only_way_stays_allowed_before_min_tokens() -> None:
     only_a = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
     state = GrammarCompiler(only_a, vocab_size=2, end_ids=[1]).compile(Grammar("regex", "ab?"))
     state.accept(0)
-    row = np.zeros(1, dtype=np.int32)
-    state.fill_mask(row, may_end=False)
-    assert row[0] == 0b10
+    mask = allocate_mask(1, 2)
+    state.fill_mask(mask, 0, may_end=False)
+    assert mask[0, 0] == 0b10
 
 
 def test_a_sampled_row_obeys_its_mask_and_the_others_are_free() -> None:
@@ -126,8 +126,8 @@ def test_a_sampled_row_obeys_its_mask_and_the_others_are_free() -> None:
     logits = torch.arange(2.0 * VOCAB).view(2, VOCAB)
     tokens = []
     while not state.is_ended:
-        mask = np.full((2, -(-VOCAB // 32)), -1, dtype=np.int32)
-        state.fill_mask(mask[1])
+        mask = allocate_mask(2, VOCAB)
+        state.fill_mask(mask, 1)
         result = sample(
             logits, batch, positions=torch.tensor([1, len(tokens)]), bitmask=torch.from_numpy(mask)
         )
