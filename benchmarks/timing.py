@@ -1,4 +1,4 @@
-"""What the benchmarks share: the median time of a call. The rates of a device are in hrwkv/kernels/rates.py."""
+"""What the benchmarks share: the median time of a call."""
 
 import time
 from collections.abc import Callable

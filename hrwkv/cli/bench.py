@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -53,81 +51,71 @@ def bench(
     device = choose_device(engine.device)
     dtype = engine.dtype if engine.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     weights = open_model(model, device=device, dtype=dtype)
-    rates = {
-        "copy": copy_rate(device),
-        "matmul": matmul_rate(device, dtype=getattr(torch, dtype)),
-    }
+    rates = {"copy": copy_rate(device), "matmul": matmul_rate(device, dtype=getattr(torch, dtype))}
+    decode, prefill = [], []
     with Engine(weights, open_tokenizer(model), engine) as running:
-        say = (lambda line: None) if as_json else lambda line: display.line(line, "dim")
-        decode, prefill = measure(running, weights, settings, engine=engine, rates=rates, say=say)
+        for batch in settings.batch_sizes:
+            case = {"batch": batch, "context": settings.context, "steps": settings.steps}
+            decode.append(decode_row(running, weights, engine, copy_rate=rates["copy"], **case))
+        for length in settings.prompt_lengths:
+            prefill.append(prefill_row(running, weights, length=length, matmul_rate=rates["matmul"]))
     if as_json:
-        settings_of = {"measurement": dataclasses.asdict(settings), "engine": dataclasses.asdict(engine)}
         place = {"device": device_name(device), "torch": torch.__version__, "dtype": dtype}
-        found = {**place, **settings_of, "rates": rates, "decode": decode, "prefill": prefill}
-        print(json.dumps(found, indent=2))
+        asked = {"measurement": dataclasses.asdict(settings), "engine": dataclasses.asdict(engine)}
+        print(json.dumps({**place, **asked, "rates": rates, "decode": decode, "prefill": prefill}, indent=2))
         return
-    copies, multiplies = f"{rates['copy'] / 1e9:.0f} GB/s", f"{rates['matmul'] / 1e12:.3g} TFLOP/s"
+    copies, multiplies = f"{rates['copy'] / 1e9:.3g} GB/s", f"{rates['matmul'] / 1e12:.3g} TFLOP/s"
     display.line(f"{device_name(device)}: copies {copies}, multiplies {multiplies} in {dtype}")
     if decode:
         display.table("Decoding", DECODE_HEADER, [decode_cells(row) for row in decode])
     if prefill:
         display.table("Reading a prompt", PREFILL_HEADER, [prefill_cells(row) for row in prefill])
-    for row in (row for row in (*decode, *prefill) if "failed" in row):
-        display.line(row["failed"], "red")
+    for row in (*decode, *prefill):
+        if "failed" in row:
+            display.line(row["failed"], "red")
 
 
-def measure(
-    running: Engine,
-    weights: HybridModel,
-    settings: BenchSettings,
+def decode_row(
+    engine: Engine,
+    model: HybridModel,
+    settings: EngineSettings,
     *,
-    engine: EngineSettings,
-    rates: dict[str, float],
-    say: Callable[[str], None] = lambda line: None,
-) -> tuple[list[Row], list[Row]]:
-    """Rows of decoding and of prompts; one that cannot be measured says why under "failed"."""
-    from hrwkv.engine.measure import measure_decode, measure_prefill
+    batch: int,
+    context: int,
+    steps: int,
+    copy_rate: float,
+) -> Row:
+    """One decode measurement, or under "failed" why there is none: the other rows are still wanted."""
+    from hrwkv.engine.measure import measure_decode
 
-    decode, prefill = [], []
-    for batch in settings.batch_sizes:
-        say(f"decoding {batch} sequences")
-        row: Row = {"batch": batch, "context": settings.context}
-
-        def decoded(batch: int = batch) -> Row:
-            found = measure_decode(
-                running, weights, engine, batch=batch, context=settings.context, steps=settings.steps
-            )
-            return {
-                "tokens_per_second": found.tokens_per_second,
-                "milliseconds": found.seconds * 1e3,
-                "floor_milliseconds": found.bytes / rates["copy"] * 1e3,
-                "of_floor": found.of_floor(rates["copy"]),
-            }
-
-        decode.append(attempt(row, decoded))
-    for length in settings.prompt_lengths:
-        say(f"reading {length} tokens")
-
-        def read(length: int = length) -> Row:
-            found = measure_prefill(running, weights, length=length)
-            return {
-                "tokens_per_second": found.tokens_per_second,
-                "seconds": found.seconds,
-                "operations_per_second": found.operations / found.seconds,
-                "of_matmul": found.utilisation(rates["matmul"]),
-            }
-
-        prefill.append(attempt({"length": length}, read))
-    return decode, prefill
-
-
-def attempt(row: Row, work: Callable[[], Row]) -> Row:
-    """The row with what was measured, or with why it was not; the other rows are still wanted."""
+    row: Row = {"batch": batch, "context": context}
     try:
-        return row | work()
+        found = measure_decode(engine, model, settings, batch=batch, context=context, steps=steps)
     except (ValueError, RuntimeError) as error:  # does not fit, or the device or the engine failed
-        logging.getLogger(__name__).info("not measured", exc_info=error)
-        return row | {"failed": f"{row}: {' '.join(str(error).split())}"}
+        return row | {"failed": " ".join(str(error).split())}
+    return row | {
+        "tokens_per_second": found.tokens_per_second,
+        "milliseconds": found.seconds * 1e3,
+        "floor_milliseconds": found.bytes / copy_rate * 1e3,
+        "of_floor": found.of_floor(copy_rate),
+    }
+
+
+def prefill_row(engine: Engine, model: HybridModel, *, length: int, matmul_rate: float) -> Row:
+    """One measurement of a prompt, or under "failed" why there is none."""
+    from hrwkv.engine.measure import measure_prefill
+
+    row: Row = {"length": length}
+    try:
+        found = measure_prefill(engine, model, length=length)
+    except (ValueError, RuntimeError) as error:
+        return row | {"failed": " ".join(str(error).split())}
+    return row | {
+        "tokens_per_second": found.tokens_per_second,
+        "seconds": found.seconds,
+        "operations_per_second": found.operations / found.seconds,
+        "of_matmul": found.utilisation(matmul_rate),
+    }
 
 
 def decode_cells(row: Row) -> list[str]:

@@ -81,10 +81,9 @@ def prefill_operations(model: HybridModel, length: int) -> int:
     return 2 * matrices * length + 2 * config.hidden_size * config.vocab_size + attention + recurrence
 
 
-def num_fitting(stats: EngineStats, *, tokens: int, block_size: int) -> int:
-    """Sequences of so many tokens that an empty engine can run at once."""
-    blocks = -(-tokens // block_size)
-    return min(stats.state_slots_total, stats.kv_blocks_total // blocks if stats.kv_blocks_total else 2**31)
+def num_fitting(tokens: int, *, slots: int, blocks: int, block_size: int) -> int:
+    """Sequences of so many tokens that this memory holds at once; blocks: 0 without attention layers."""
+    return min(slots, blocks // -(-tokens // block_size)) if blocks else slots
 
 
 def measure_decode(
@@ -98,11 +97,15 @@ def measure_decode(
     """
     spare = settings.step_tokens - batch
     length = context + math.ceil(batch * context / max(spare, 1)) + batch + 2 * steps
-    fits = num_fitting(engine.stats(), tokens=length, block_size=settings.block_size)
-    if batch > fits or length > engine.max_context:
-        raise ValueError(
-            f"{fits} sequences of {length} tokens (at most {engine.max_context}) fit, not {batch}"
-        )
+    stats = engine.stats()
+    fits = num_fitting(
+        length, slots=stats.state_slots_total, blocks=stats.kv_blocks_total, block_size=settings.block_size
+    )
+    if length > engine.max_context:
+        grown = f"{batch} sequences of {context} tokens grow to {length} before all have begun"
+        raise ValueError(f"{grown}, and the longest context is {engine.max_context}")
+    if batch > fits:
+        raise ValueError(f"{batch} sequences of {length} tokens do not fit in the cache, {fits} do")
     params = SamplingParams(max_tokens=length - context, temperature=0.0, ignore_eos=True)
     _wait(engine, lambda stats: not stats.running and not stats.queued)
     engine.drain_latencies()
