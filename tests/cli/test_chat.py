@@ -75,12 +75,12 @@ def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     script = plain("A", "B")
     talk(
         script,
-        ['"""', "def f():", "    return 1", "", "/reset", '"""', "/home/me is a path", '"""', "lost"],
+        ['"""', "def f():", "    return 1", "", "/reset", '"""', "/etc/hosts is a path", '"""', "lost"],
         monkeypatch,
     )
     assert script.heard == [
         ["def f():\n    return 1\n\n/reset"],
-        ["def f():\n    return 1\n\n/reset", "A", "/home/me is a path"],
+        ["def f():\n    return 1\n\n/reset", "A", "/etc/hosts is a path"],
     ]
 
 

@@ -49,7 +49,7 @@ def test_a_step_reads_every_weight_but_an_embedding_of_its_own(tied: bool) -> No
 
 @pytest.mark.parametrize("kept", [(2,), (0, 1, 2, 3)], ids=["hybrid", "teacher"])
 def test_operations_of_the_weights_are_those_that_torch_counts(kept: tuple[int, ...]) -> None:
-    """Beside attention and recurrence: r_k, by elements, and the residuals of layer 0, which it never reads."""
+    """Beside attention and recurrence: r_k, by elements, and residuals of layer 0, which it never reads."""
     model, length = hybrid_model(kept), 12
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.compute_logits(model(random_ids(length), TokenBatch.from_lengths([length]))[-1:])
