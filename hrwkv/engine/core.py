@@ -236,11 +236,9 @@ class EngineCore:
         else:
             self.totals.inter_token.append(now - choice.last_time)
         choice.last_time = now
-        logprob = sampled.logprob
-        if job.params.logprobs is None or logprob is None:
-            logprob = None  # another sequence of the step asked for it
-        else:
-            logprob = replace(logprob, top=logprob.top[: job.params.logprobs])
+        logprob, wanted = sampled.logprob, job.params.logprobs
+        if logprob is not None:  # with as many rivals as any sequence of the step asked for
+            logprob = None if wanted is None else replace(logprob, top=logprob.top[:wanted])
         sequence = choice.sequence
         if sequence.grammar is not None:
             sequence.grammar.accept(sampled.token)

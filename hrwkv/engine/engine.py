@@ -6,6 +6,7 @@ model. If that thread fails, every request fails at once and ``is_alive`` turns 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -103,8 +104,10 @@ class Engine:
         ends = _ids(model.config.eos_token_id) | _ids(tokenizer.eos_token_id) if end_ids is None else end_ids
         vocab_size = model.config.vocab_size
         end_ids = tuple(sorted(set(ends)))
-        grammars = GrammarCompiler(tokenizer, vocab_size=vocab_size, end_ids=end_ids)
-        self._intake = Intake(tokenizer, vocab_size, self.max_context, end_ids, grammars)
+        # Callers set padding and the like on theirs, which a decoding thread must not meet half-way.
+        own = copy.deepcopy(tokenizer)
+        grammars = GrammarCompiler(own, vocab_size=vocab_size, end_ids=end_ids)
+        self._intake = Intake(own, vocab_size, self.max_context, end_ids, grammars)
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._arriving: deque[Job] = deque()

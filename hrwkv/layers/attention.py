@@ -60,13 +60,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if k_cache is None or v_cache is None:
+        if k_cache is not None and v_cache is not None:
+            assert batch.slot_mapping is not None
+            store_kv(k, v, k_cache, v_cache, slot_mapping=batch.slot_mapping)
+        # Prompts of which nothing was cached before need no copy of their blocks and no mask.
+        is_fresh = batch.contexts == batch.lengths and batch.context_starts is None
+        if k_cache is None or v_cache is None or is_fresh:
             o = varlen_attention(q, k, v, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         else:
-            assert batch.slot_mapping is not None
             assert batch.block_tables is not None
             assert batch.context_lens is not None
-            store_kv(k, v, k_cache, v_cache, slot_mapping=batch.slot_mapping)
             o = paged_attention(
                 q,
                 k_cache,

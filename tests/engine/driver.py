@@ -125,6 +125,7 @@ class Driver:
         assert memory.swap_free == self.settings.swap_bytes
         assert [*self.core.scheduler.running, *self.core.scheduler.waiting] == []
         assert self.core.num_queued == 0
+        assert not self.core._owners
 
 
 def greedy(count: int, **changes: Any) -> SamplingParams:

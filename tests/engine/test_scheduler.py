@@ -160,3 +160,28 @@ def test_suspects_run_alone_until_each_has_its_next_token() -> None:
         finish_step(scheduler, plan)
     assert found[:3] == [[(0, 0, 3, True)], [(1, 0, 4, True)], [(2, 0, 5, True)]]
     assert [number for number, *_ in found[3]] == [0, 1, 2]
+
+
+def test_what_was_put_aside_with_a_token_unread_does_not_come_back_in_the_same_step() -> None:
+    """Its last token is on the device under the slot that it had. Shared blocks are counted low, so one more
+    than needed makes room, and would fit again at once.
+    """
+    scheduler = make(blocks=10, step_tokens=64)
+    low, stem, twin = (
+        sequence(0, 3, priority=5),
+        sequence(1, 9, priority=5),
+        sequence(1, 9, priority=5, choice=1),
+    )
+    stem.siblings = [twin]
+    scheduler.add(low)
+    scheduler.add(stem)
+    for _ in range(2):
+        finish_step(scheduler, scheduler.schedule())
+    unread = scheduler.schedule()
+    assert len(unread.pieces) == 3
+    scheduler.add(sequence(2, 28, priority=1))
+    plan = scheduler.schedule()
+    assert (plan.num_preempted, pieces(plan)) == (3, [(2, 0, 28, True)])
+    finish_step(scheduler, unread)
+    finish_step(scheduler, plan)
+    assert [number for number, *_ in pieces(scheduler.schedule())] == [2, 0]
