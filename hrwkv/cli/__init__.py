@@ -12,7 +12,20 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, plan, published, select
+from hrwkv.cli import (
+    adapter,
+    bench,
+    chat,
+    convert,
+    demo,
+    distill,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    published,
+    select,
+)
 from hrwkv.cli.interrupt import Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
@@ -34,8 +47,9 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "distill": (distill.distill, distill.EXAMPLES),
     "select": (select.select, select.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
-    "generate": (generate.generate, generate.GENERATE_EXAMPLES),
-    "chat": (generate.chat, generate.CHAT_EXAMPLES),
+    "generate": (generate.generate, generate.EXAMPLES),
+    "chat": (chat.chat, chat.EXAMPLES),
+    "bench": (bench.bench, bench.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }
 

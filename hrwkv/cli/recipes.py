@@ -34,7 +34,15 @@ NAMED_TABLES = {
 }
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
-COMMA_LISTS = ("attention-layers", "layers", "recall-lengths", "passkey-lengths", "passkey-depths")
+COMMA_LISTS = (
+    "attention-layers",
+    "layers",
+    "recall-lengths",
+    "passkey-lengths",
+    "passkey-depths",
+    "batch-sizes",
+    "prompt-lengths",
+)
 # Either of two keys chooses the layers, so a flag for one takes the other out of the recipe's table.
 LAYER_CHOICES = {"convert": ("attention_layers", "keep_attention"), "select": ("layers", "keep")}
 

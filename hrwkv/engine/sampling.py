@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hrwkv.engine.request import SamplingParams
+from hrwkv.kernels.sampling import kept_edge
 
 # Tokens of a block in a draw; about the square root of a vocabulary, so that both steps are small.
 BLOCK = 512
@@ -123,8 +124,8 @@ class Filters:
     """What members that draw need, None where none needs it.
 
     temperature: [N, 1], 1 in greedy rows. greedy: [N] bool. log_min_p: [N, 1], -inf where off. top_k:
-    [N, 1] int64, V where off. top_p: [N, 1], 2 where off. ``width`` columns are sorted for the latter two: 0
-    for none, and V only if some member has top_p without top_k.
+    [N, 1] int64, V where off. top_p: [N, 1], 2 where off. width: columns that a sort for the latter two
+    needs: 0 for none, and V only if some member has top_p without top_k.
     """
 
     temperature: Tensor
@@ -249,7 +250,14 @@ def kept_weights(scaled: Tensor, filters: Filters) -> Tensor:
     weights = scaled.exp()
     floor = filters.log_min_p
     if filters.width:
-        edge = _sorted_edge(scaled, filters)
+        assert filters.top_k is not None
+        edge = kept_edge(
+            scaled,
+            top_k=filters.top_k,
+            top_p=filters.top_p,
+            log_min_p=filters.log_min_p,
+            width=filters.width,
+        )
         floor = edge if floor is None else floor.maximum(edge)
     return weights if floor is None else weights.masked_fill_(scaled < floor, 0.0)
 
@@ -298,24 +306,6 @@ def prompt_logprobs(
         torch.cat([part.top_ids for part in parts]),
         torch.cat([part.top_logprobs for part in parts]),
     )
-
-
-def _sorted_edge(scaled: Tensor, filters: Filters) -> Tensor:
-    """[N, 1]: the smallest logit that top_k and then top_p keep; -inf in rows that have neither."""
-    assert filters.top_k is not None
-    ordered = scaled.topk(filters.width, dim=-1).values  # [N, width], falling
-    edge = ordered.gather(-1, filters.top_k.clamp(max=filters.width) - 1)
-    edge = edge.masked_fill(filters.top_k > filters.width, -math.inf)
-    if filters.top_p is None:
-        return edge
-    ranks = torch.arange(filters.width, device=scaled.device)
-    weights = ordered.exp().masked_fill_(ranks >= filters.top_k, 0.0)
-    if filters.log_min_p is not None:
-        weights.masked_fill_(ordered < filters.log_min_p, 0.0)
-    reached = weights.cumsum(-1)
-    kept = (reached - weights < filters.top_p * reached[:, -1:]).sum(-1, keepdim=True)
-    nucleus = ordered.gather(-1, kept - 1).masked_fill(filters.top_p > 1, -math.inf)
-    return edge.maximum(nucleus)
 
 
 def _penalise(logits: Tensor, penalties: _Penalties) -> Tensor:
