@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -301,7 +302,11 @@ def report(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "weights_gib": memory(ranks.device),
         "build_s": round(now(ranks.device) - began, 1),
     }
-    result["rows"] = {str(case): attempt(case, options, models, ranks) for case in options.cases}
+    result["rows"] = {}
+    for case in options.cases:
+        result["rows"][str(case)] = row = attempt(case, options, models, ranks)
+        # At once: a run that is cut off has told what it found.
+        print(case, json.dumps(row), file=sys.stderr, flush=True)
     best = {
         stage: min((row["hours"] for case, row in zip(options.cases, result["rows"].values(), strict=True)
                     if case.stage == stage and "hours" in row), default=None)

@@ -144,20 +144,26 @@ def guarded(report: Row, name: str) -> Iterator[None]:
         free()
 
 
+def tell(report: Row, table: str, row: Row) -> None:
+    """Keep a row and show it at once: a run that is cut off has told what it found."""
+    report[table].append(row)
+    print(table, json.dumps(row), file=sys.stderr, flush=True)
+
+
 def measure_model(report: Row, model: HybridModel, settings: EngineSettings, *, own: Row, cases: Row) -> None:
     """The start of an engine, prompts, then decoding."""
     pairs = [(batch, cases["short"]) for batch in cases["batches"]] + list(cases["long"])
     start = time.perf_counter()
     with running(model, settings) as engine:
         for _ in engine.submit(random_prompt(engine, 16, seed=0), SamplingParams(max_tokens=1)):
-            report["start"].append(own | {"seconds": time.perf_counter() - start})
+            tell(report, "start", own | {"seconds": time.perf_counter() - start})
         for length in cases["prompts"]:
             row = prefill_row(engine, model, length=length, matmul_rate=report["peak"])
-            report["prefill"].append(own | row)
+            tell(report, "prefill", own | row)
         for batch, context in pairs:
             case = {"batch": batch, "context": context, "steps": cases["steps"]}
             row = decode_row(engine, model, settings, copy_rate=report["copy_rate"], **case)
-            report["decode"].append(own | row)
+            tell(report, "decode", own | row)
 
 
 def measure_kind(
