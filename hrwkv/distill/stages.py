@@ -114,9 +114,10 @@ def align_step(
     with torch.no_grad(), gathered(teacher):
         hidden = teacher.model.embed_tokens(inputs.token_ids)
     first = None
-    for block, own in zip(blocks_of(teacher), blocks_of(student), strict=True):
+    blocks = blocks_of(teacher)
+    for block, following, own in zip(blocks, [*blocks[1:], None], blocks_of(student), strict=True):
         with options.autocast():
-            with torch.no_grad(), gathered(block):
+            with torch.no_grad(), gathered(block, then=following):
                 x = block.input_layernorm(hidden)
                 target, _ = block.mix(x, batch, rope)
                 hidden = block.feed_forward(hidden + target)

@@ -51,6 +51,8 @@ def joined(device: str) -> Iterator[Ranks]:
         with warnings.catch_warnings():
             # FSDP2 says so of the first layer's value and key, which nothing changes in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            # DeepSpeed calls collectives by their older names.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated")
             yield _ranks(kind)
     finally:
         if starts_group:
@@ -73,12 +75,17 @@ def blocks_of(model: HybridModel) -> list[Block]:
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Hold a sharded module's own parameters whole in the ``with`` block (not inner modules')."""
+def gathered(module: nn.Module, *, then: nn.Module | None = None) -> Iterator[None]:
+    """Hold a sharded module's own parameters whole in the ``with`` block (not inner modules').
+
+    then: the module that is asked for next; FSDP2 gathers its parameters meanwhile.
+    """
     with contextlib.ExitStack() as stack:
         if isinstance(module, FSDPModule):
             module.unshard()
             stack.callback(module.reshard)
+            if isinstance(then, FSDPModule):
+                then.unshard(async_op=True)
         elif own := [part for part in module.parameters(recurse=False) if hasattr(part, "ds_id")]:
             import deepspeed
 
