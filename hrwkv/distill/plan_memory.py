@@ -18,6 +18,7 @@ from hrwkv.distill.losses import GPU_CHUNK_BYTES
 from hrwkv.distill.stages import STAGES, trains
 from hrwkv.model.checkpoint import expected_shapes
 from hrwkv.model.config import LINEAR, HybridConfig
+from hrwkv.model.modeling import Keep
 from hrwkv.settings import DistillSettings
 
 # What frozen_dtype holds in 8 bits: the MLPs, and of the teacher also attention's projections.
@@ -179,40 +180,53 @@ def _moment_bytes(trained: Shapes, optimiser: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Bytes that one token of a block keeps: by its mixer, and by its MLP, each with its norm."""
+class Kept:
+    """Bytes a token that a block keeps for its backward pass.
 
+    stream: of the residual stream. mixer, mlp: of the block's halves, each with the stream that it begins
+    from. mlp_input: of the second half where the inside of its MLP is computed again.
+    """
+
+    stream: int
     mixer: int
     mlp: int
     mlp_input: int
-    stream: int
+
+    def checkpointed(self, keep: Keep) -> int:
+        """With gradient checkpointing that keeps this besides the block's input."""
+        return {
+            "nothing": self.stream,
+            "stream": self.stream + self.mlp_input,
+            "mlp": self.stream + self.mlp,
+            "mixer": self.mixer + self.mlp_input,
+        }[keep]
 
 
-def _kept(config: HybridConfig, settings: DistillSettings, *, is_linear: bool) -> _Kept:
-    """What the operations of a block keep for their backward passes, per token.
+def kept_bytes(config: HybridConfig, settings: DistillSettings, *, is_linear: bool) -> Kept:
+    """What the operations of a block keep on a GPU.
 
-    The norms compute in fp32 and keep their input and its normed form. An fp32 stream (the embeddings train)
-    is cast anew by every product that reads it.
+    A norm keeps its input and one number a row. Where the stream is fp32 (the embeddings train) every product
+    casts it anew.
     """
     width, inner = _width(settings), config.intermediate_size
-    stream = 2 if width == 2 and settings.mode == "frozen-mlp" else 4
-    norm = 8 * config.hidden_size
-    casts = {kind: (count if stream != width else 1) for kind, count in READERS.items()}
-    cast = width * config.hidden_size
+    stream = (2 if width == 2 and settings.mode == "frozen-mlp" else 4) * config.hidden_size
+    narrow = width * config.hidden_size
+    casts = {kind: (1 if stream == narrow else count) * narrow for kind, count in READERS.items()}
+    again = stream  # the MLP's input, where it is computed again
     if settings.frozen_dtype != "bfloat16":
-        mlp = 2 * width * inner + cast  # gate and up; FrozenSwiGLU makes the rest again
+        mlp = 2 * width * inner  # gate and up
+        again = config.hidden_size + 4 if settings.frozen_dtype == "float8" else narrow
     elif settings.mode == "frozen-mlp":
         mlp = 3 * width * inner  # a frozen product keeps no input
     else:
-        mlp = 4 * width * inner + casts["mlp"] * cast
+        mlp = 4 * width * inner + casts["mlp"]
     if is_linear:
-        mixer = casts["linear"] * cast + _linear_bytes(config, width)
+        mixer = casts["linear"] + _linear_bytes(config, width)
     else:
-        kv = config.num_key_value_heads * config.head_dim
-        mixer = casts["attention"] * cast + width * (
-            3 * config.num_attention_heads * config.head_dim + 2 * kv
-        )
-    return _Kept(norm + mixer, norm + mlp, norm + cast, stream * config.hidden_size)
+        heads = 3 * config.num_attention_heads + 2 * config.num_key_value_heads
+        mixer = casts["attention"] + width * heads * config.head_dim
+    half = stream + 4
+    return Kept(stream, half + mixer, half + mlp, half + again)
 
 
 def _linear_bytes(config: HybridConfig, width: int) -> int:
@@ -236,7 +250,7 @@ def _backward_work(config: HybridConfig, settings: DistillSettings) -> int:
 def _activation_bytes(pair: Pair, settings: DistillSettings, *, stage: int, tokens: int) -> int:
     """One micro-batch: what blocks keep until their backward passes, and the work of one of them."""
     config, width = pair.student, _width(settings)
-    kinds = [_kept(config, settings, is_linear=kind == LINEAR) for kind in config.layer_types]
+    kinds = [kept_bytes(config, settings, is_linear=kind == LINEAR) for kind in config.layer_types]
     largest = max(kinds, key=lambda kept: kept.mixer + kept.mlp)
     work = _backward_work(config, settings)
     if STAGES[stage].mixers_only:
@@ -250,18 +264,8 @@ def _activation_bytes(pair: Pair, settings: DistillSettings, *, stage: int, toke
         casts = casts if width == 2 and settings.mode == "all" else 0
         kept = sum(kind.mixer + kind.mlp for kind in kinds)
         return tokens * (kept + targets + work) + casts
-    kept = sum(_checkpointed(kind, own.keep) for kind in kinds)
+    kept = sum(kind.checkpointed(own.keep) for kind in kinds)
     return tokens * (kept + targets + largest.mixer + largest.mlp + work)
-
-
-def _checkpointed(kind: _Kept, keep: str) -> int:
-    """What a block keeps per token with gradient checkpointing, beside what is computed again."""
-    return {
-        "nothing": kind.stream,
-        "stream": kind.stream + kind.mlp_input,
-        "mlp": kind.stream + kind.mlp,
-        "mixer": kind.mixer + kind.mlp_input,
-    }[keep]
 
 
 def _loss_bytes(config: HybridConfig, settings: DistillSettings, tokens: int) -> int:

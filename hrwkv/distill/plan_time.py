@@ -23,9 +23,10 @@ PRODUCTS, ATTENTION, EIGHT_BIT_PRODUCTS = 0.695, 0.41, 0.5
 # mix, recurrence and finish, 8 x 4096 tokens at C = 6144: 4.6 ms forward, 14.2 ms backward, as bytes a token
 # and channel at the data sheet's 4.8 TB/s.
 MIXER_FORWARD, MIXER_BACKWARD = 110, 340
-# Norms, SwiGLU and residuals in PyTorch, at 85 % of the data sheet's bandwidth: bytes a token and channel.
+# Both norms of a block, one launch each, with the residuals and casts around them, and SwiGLU in PyTorch, in
+# bf16 at 85 % of the data sheet's bandwidth: bytes a token and channel.
 COPY = 0.85
-NORM_FORWARD, NORM_BACKWARD = 68, 140
+NORM_FORWARD, NORM_BACKWARD = 26, 40
 GATE_FORWARD, GATE_BACKWARD = 10, 20
 # Weight, gradient and both moments, read and written once a step.
 ADAMW_BYTES = {"adamw": 28, "adamw8bit": 16}

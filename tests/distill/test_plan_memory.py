@@ -12,7 +12,7 @@ from hrwkv.data.packing import next_token_labels
 from hrwkv.distill.frozen import Quantised, Shared
 from hrwkv.distill.optimiser import build_optimiser
 from hrwkv.distill.parallel import Ranks, open_model
-from hrwkv.distill.plan_memory import Pair, _kept, micro_batch_tokens, plan_memory
+from hrwkv.distill.plan_memory import Pair, kept_bytes, micro_batch_tokens, plan_memory
 from hrwkv.distill.stages import STAGES, StepInput, StepOptions, trains
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.checkpoint import load_config
@@ -90,8 +90,10 @@ def test_weights_gradients_and_moments_are_those_of_a_real_step(mode, stage, fro
 
 
 @pytest.mark.parametrize("trains_mlp", [True, False])
-def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories):
-    """fp32, one token more: the bytes that the second half of a block saves for its backward pass."""
+def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories, monkeypatch):
+    """fp32, one token more: the bytes that the second half of a block saves, with a GPU's norm."""
+    fused = pytest.importorskip("hrwkv.kernels.norm.fused")
+    monkeypatch.setattr("hrwkv.layers.common.rms_norm", fused.rms_norm)
     student = open_model(directories[0], CPU, dtype=torch.float32, trains=lambda name: True)
     block, sizes = student.model.layers[0], []
     if not trains_mlp:
@@ -103,7 +105,7 @@ def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories):
 
         def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters and tensor.dim() == 2 and tensor.shape[1] > 1:
+            if storage.data_ptr() not in parameters:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -112,8 +114,18 @@ def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories):
         sizes.append(sum(saved.values()))
         del result
     mode = "all" if trains_mlp else "frozen-mlp"
-    planned = _kept(student.config, replace(SETTINGS, mode=mode), is_linear=True)
+    planned = kept_bytes(student.config, replace(SETTINGS, mode=mode), is_linear=True)
     assert sizes[1] - sizes[0] == planned.mlp
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [("nothing", 4 * 32), ("stream", 8 * 32 + 4 + 32 + 4), ("mlp", 8 * 32 + 4 + 8 * 48)],
+)
+def test_checkpointed_blocks_keep_what_is_measured_of_frozen_ones(keep, expected, pair):
+    """The figures are those that tests/distill/test_frozen.py takes from a real backward pass."""
+    settings = replace(SETTINGS, mode="frozen-mlp", frozen_dtype="float8")
+    assert kept_bytes(pair.student, settings, is_linear=True).checkpointed(keep) == expected
 
 
 def test_more_gpus_hold_less_and_no_more_together_than_they_must(pair):
