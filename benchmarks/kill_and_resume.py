@@ -70,7 +70,7 @@ def command(out: Path, *, resume: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``seconds`` after so many training steps of this process, or after a directory is there."""
+    """When to kill: ``seconds`` after so many training steps here, or after a directory is there."""
 
     seconds: float
     steps: int = 0
