@@ -4,10 +4,10 @@
     python benchmarks/kill_and_resume.py --kills 3 --seed 1
 
 One whole run of ``hrwkv distill TEACHER`` gives the expected numbers. The second one is killed again and
-again and goes on with the same command and ``--resume``, then it is left alone. Two kills of three come a
-random part of a second after a random number of steps, the third at a random moment after the start, which
-may lie in any step of the way. The log (all but the clock) and every weight of the last model must be the
-same bits. The last line is JSON.
+again and goes on with the same command and ``--resume``, then it is left alone. Each kill comes a random part
+of a second after something: two of three after a random number of training steps, the third after the next
+step of the way is complete. The log (all but the clock) and every weight of the last model must be the same
+bits. The last line is JSON.
 """
 
 import argparse
@@ -70,10 +70,11 @@ def command(out: Path, *, resume: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``seconds`` after the start, or after the process has written ``steps`` to the log."""
+    """When to kill: ``seconds`` after so many training steps here, or after a directory is there."""
 
     seconds: float
     steps: int = 0
+    next_directory: bool = False
 
 
 def run(out: Path, *, resume: bool, moment: Moment | None = None) -> bool:
@@ -100,6 +101,9 @@ def run(out: Path, *, resume: bool, moment: Moment | None = None) -> bool:
 def _wait(process: "subprocess.Popen[bytes]", out: Path, moment: Moment) -> None:
     """Until the moment has come or the process has ended."""
     log, seen, size = out / "log.jsonl", 0, -1
+    begun = complete(out)
+    while moment.next_directory and complete(out) == begun and process.poll() is None:
+        time.sleep(0.01)
     while seen < moment.steps and process.poll() is None:
         now = log.stat().st_size if log.exists() else -1
         if now != size:
@@ -118,12 +122,17 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in CLOCK} for row in found]
 
 
+def complete(out: Path) -> list[str]:
+    """The steps of the way that are complete."""
+    names = ("converted", "stage1", "selected", "stage2", "stage3", "eval/report.md")
+    return [name for name in names if (out / name).exists()]
+
+
 def reached(out: Path) -> str:
     """Where a killed run was, for a reader."""
     last = rows(out)
     where = f"stage {last[-1]['stage']} step {last[-1]['step']}" if last else "no step yet"
-    complete = [name for name in ("converted", "stage1", "selected", "stage2", "stage3", "eval")]
-    return f"{where}; complete: {', '.join(n for n in complete if (out / n).exists()) or 'nothing'}"
+    return f"{where}; complete: {', '.join(complete(out)) or 'nothing'}"
 
 
 def differences(whole: Path, cut: Path) -> dict[str, int]:
@@ -157,14 +166,14 @@ def main() -> None:
         kills = []
         began = time.perf_counter()
         while len(kills) < arguments.kills:
-            moment = Moment(generator.uniform(0.0, seconds / 4))
+            moment = Moment(generator.random(), next_directory=True)
             if len(kills) % 3:
-                moment = Moment(generator.random(), generator.randint(1, 12))
+                moment = Moment(generator.random(), steps=generator.randint(1, 8))
             if run(cut, resume=bool(kills), moment=moment):
                 print("the run ended before its moment came", flush=True)
                 break
             kills.append({**asdict(moment), "reached": reached(cut)})
-            said = f"{moment.steps} steps and {moment.seconds:.1f} s"
+            said = f"{moment.steps or 'a directory'} and {moment.seconds:.1f} s"
             print(f"kill {len(kills):2}: after {said}: {kills[-1]['reached']}", flush=True)
         run(cut, resume=True)
         disturbed = time.perf_counter() - began

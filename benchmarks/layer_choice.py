@@ -1,6 +1,6 @@
 """What is a measured choice of attention layers worth? The small teacher with three lists of them.
 
-    python benchmarks/layer_choice.py                          # about 25 minutes on two free CPU cores
+    python benchmarks/layer_choice.py                          # about 20 minutes on two free CPU cores
     python benchmarks/layer_choice.py --stage1 60000 --stage2 90000 --passkey-samples 2   # about 8
 
 One stage 1 with every layer as RWKV serves all three. Then ``hrwkv select`` measures every layer; its choice
