@@ -141,7 +141,7 @@ def test_demo_makes_every_student(files: Files, run: Run, tmp_path: Path) -> Non
     assert "exists already" in again.err
 
 
-@pytest.mark.parametrize("command", ["convert", "distill", "eval", "generate", "chat", "demo"])
+@pytest.mark.parametrize("command", ["convert", "distill", "eval", "generate", "chat", "bench", "demo"])
 def test_help_has_summary_defaults_and_examples(command: str, run: Run) -> None:
     done = run(command, "--help")
     assert (done.code, done.err) == (0, "")
