@@ -142,7 +142,7 @@ def test_demo_makes_every_student(files: Files, run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", ["convert", "select", "plan", "distill", "eval", "generate", "chat", "demo"]
+    "command", ["convert", "select", "plan", "distill", "eval", "generate", "chat", "bench", "demo"]
 )
 def test_help_has_summary_defaults_and_examples(command: str, run: Run) -> None:
     done = run(command, "--help")
