@@ -8,6 +8,7 @@ from hrwkv.settings.convert import INITIALISATIONS, ConvertSettings, ImportSetti
 from hrwkv.settings.data import DataSettings
 from hrwkv.settings.distill import DistillSettings, StageSettings
 from hrwkv.settings.evaluate import DemoSettings, EvalSettings
+from hrwkv.settings.serve import ServeSettings
 
 __all__ = [
     "INITIALISATIONS",
@@ -17,5 +18,6 @@ __all__ = [
     "DistillSettings",
     "EvalSettings",
     "ImportSettings",
+    "ServeSettings",
     "StageSettings",
 ]

@@ -1,0 +1,146 @@
+"""What every route needs: the engine, the model's name and habits, the way of a prompt into the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from hrwkv.engine.request import Event, SamplingParams
+from hrwkv.server.errors import ApiError, refusing
+from hrwkv.server.params import Defaults
+from hrwkv.server.template import ChatFormat
+from hrwkv.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from hrwkv.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+# Long texts are tokenised beside the event loop; two at a time, so that one of them stops no other request.
+TOKENIZER_THREADS = 2
+
+
+class Answer(Protocol):
+    """One prompt's way through the engine; the engine's own requests are one."""
+
+    def cancel(self) -> None:
+        """Let the engine drop it; any number of times, from any thread."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Its events as they come; raises EngineError if the engine fails."""
+
+
+async def started(answer: Answer) -> AsyncIterator[Event]:
+    """An answer's events. Raises ApiError 503 if its time was over, or the engine closed, before it began."""
+    async for event in answer:
+        if event.finish_reason == "abort" and not event.usage.completion_tokens:
+            raise ApiError(503, "the request was not begun in its time: come again later", code="timeout")
+        yield event
+
+
+@dataclass(frozen=True)
+class Service:
+    """One model behind HTTP. ``draining`` is set when the server is told to stop."""
+
+    engine: Engine
+    settings: ServeSettings
+    name: str
+    defaults: Defaults
+    chat: ChatFormat
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: threading.Event = field(default_factory=threading.Event)
+    _pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+    )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The engine's."""
+        return self.engine.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model can read and write."""
+        return int(self.engine.model_config.vocab_size)
+
+    @property
+    def is_ready(self) -> bool:
+        """True while new requests are taken."""
+        return self.engine.is_alive and not self.draining.is_set()
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError 404 for another model's name; an empty one takes what there is."""
+        if name not in ("", self.name):
+            message = f"there is no model {name!r} here, expected {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def in_thread(self, function: Callable[[], Result]) -> Result:
+        """What would hold up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def encode(self, text: str, *, special: bool, param: str = "prompt") -> list[int]:
+        """Token ids of a text; ``special`` adds those that begin a text. Raises ApiError 400."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            message = f"{param} has half of a surrogate pair, expected whole characters"
+            raise ApiError(400, message, param=param) from error
+        with refusing(param):
+            return await self.in_thread(lambda: self._encode(text, special=special))
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        ids: Any = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return list(ids)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens, special ones included."""
+        return await self.in_thread(lambda: str(self.tokenizer.decode(list(tokens))))
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Answer:
+        """A prompt into the engine's line.
+
+        Raises ApiError 400 for what does not fit, QueueFullError and EngineError.
+        """
+        limit = self.settings.max_prompt_tokens
+        if limit is not None and len(prompt) > limit:
+            message = f"the prompt has {len(prompt)} tokens, expected at most {limit}"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        with refusing("prompt"):
+            return self.engine.submit(
+                prompt, params, priority=priority, deadline=self.settings.request_seconds
+            )
+
+    def submit_all(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int
+    ) -> list[Answer]:
+        """Several prompts, all of them or none."""
+        if len(prompts) * params.n > self.settings.max_choices:
+            came = f"{len(prompts)} prompts with n {params.n}"
+            message = f"{came}, expected at most {self.settings.max_choices} answers of one request"
+            raise ApiError(400, message, param="n")
+        answers: list[Answer] = []
+        try:
+            answers += (self.submit(prompt, params, priority=priority) for prompt in prompts)
+        except Exception:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
+
+    def priority(self, given: int | None) -> int:
+        """A request's place in the line. Raises ApiError 400 where it is not the client's to choose."""
+        if given is not None and not self.settings.allow_priority:
+            raise ApiError(400, "priority is not open to clients here: leave it out", param="priority")
+        return given or 0
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
