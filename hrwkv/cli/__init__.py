@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published
+from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published, serve
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.GENERATE_EXAMPLES),
     "chat": (generate.chat, generate.CHAT_EXAMPLES),
+    "serve": (serve.serve, serve.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }
 

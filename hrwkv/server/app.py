@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -38,15 +37,9 @@ def make_service(
 
 
 def create_app(service: Service, *, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The application. api_keys: one of them is asked for, none: nobody is. Closes no engine."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
-
+    """The application. api_keys: one of them is asked for; without any, nobody is asked."""
     # No pages: they would load scripts from elsewhere. /openapi.json tells everything.
-    app = FastAPI(title="hrwkv", version=version("hrwkv"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="hrwkv", version=version("hrwkv"), docs_url=None, redoc_url=None)
     metrics, logprobs = Metrics(service.engine), Logprobs(service.tokenizer)
     app.include_router(completions.routes(service, logprobs))
     app.include_router(chat.routes(service, logprobs))

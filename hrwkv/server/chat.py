@@ -89,7 +89,7 @@ async def _submit(body: ChatRequest, service: Service, params: SamplingParams) -
     tokens = await service.encode(rendered.text + prefix, special=False, param="messages")
     if not tokens:
         raise ApiError(400, "the conversation has no tokens: give a message", param="messages")
-    (answer,) = service.submit_all([tokens], params, priority=priority)
+    (answer,) = await service.submit_all([tokens], params, priority=priority)
     return answer, reading
 
 

@@ -35,7 +35,7 @@ def routes(service: Service, logprobs: Logprobs) -> APIRouter:
         prompts = await _prompts(body, service)
         _log_prompts(service, prompts)
         priority = service.priority(body.priority)
-        answers = service.submit_all([prompt.tokens for prompt in prompts], params, priority=priority)
+        answers = await service.submit_all([prompt.tokens for prompt in prompts], params, priority=priority)
         reply = Reply(
             service,
             "cmpl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from hrwkv.server.schemas import ChatRequest, CompletionRequest, Sampling
 class Defaults:
     """What a request gets that says nothing: OpenAI's values, or those of the model's maker.
 
-    stop and stop_token_ids end an answer of a chat in any case.
+    stop ends an answer of a chat in any case; the ends that are tokens are the engine's.
     """
 
     temperature: float = 1.0
@@ -25,23 +26,20 @@ class Defaults:
     top_k: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: GenerationConfig, *, sampling: bool) -> Defaults:
-        """The ends of an answer, and with ``sampling`` how the model's maker wants tokens to be chosen."""
-        stop, ends = config.stop_strings or (), config.eos_token_id
+        """What ends an answer, and with ``sampling`` how the model's maker wants tokens to be chosen."""
+        stop = config.stop_strings or ()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
         if not sampling:
-            return cls(stop=stop, stop_token_ids=ends)
+            return cls(stop=stop)
         return cls(
             temperature=1.0 if config.temperature is None else config.temperature,
             top_p=config.top_p or 1.0,
             top_k=config.top_k or 0,
             repetition_penalty=config.repetition_penalty or 1.0,
             stop=stop,
-            stop_token_ids=ends,
         )
 
 
@@ -66,16 +64,14 @@ def chat_params(body: ChatRequest, defaults: Defaults, *, vocab_size: int) -> Sa
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs true: give both", param="top_logprobs")
     maximum = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = _params(
+    return _params(
         body,
         defaults,
         vocab_size=vocab_size,
         max_tokens=maximum,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         own_stop=defaults.stop,
-        own_stop_token_ids=() if body.ignore_eos else defaults.stop_token_ids,
     )
-    return params
 
 
 def _params(
@@ -87,7 +83,6 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     own_stop: tuple[str, ...] = (),
-    own_stop_token_ids: tuple[int, ...] = (),
 ) -> SamplingParams:
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream true: give both", param="stream_options")
@@ -113,7 +108,7 @@ def _params(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             stop=tuple(dict.fromkeys((*stop, *own_stop))),
-            stop_token_ids=_token_ids((*body.stop_token_ids, *own_stop_token_ids), vocab_size),
+            stop_token_ids=_token_ids(body.stop_token_ids, vocab_size),
             include_stop=body.include_stop_str_in_output,
             ignore_eos=body.ignore_eos,
             grammar=_grammar(body),
@@ -129,7 +124,7 @@ def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
     return {int(token): bias for token, bias in given.items()}
 
 
-def _token_ids(given: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+def _token_ids(given: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     for token in given:
         if not 0 <= token < vocab_size:
             expected = f"a token id, 0 to {vocab_size - 1}"

@@ -50,10 +50,9 @@ class Plan:
 class ReasonedAnswer:
     """Events of both requests as if they were one; the text of the first ends with the closing tag."""
 
-    def __init__(self, service: Service, plan: Plan, *, prompt: list[int]) -> None:
-        self._service, self._plan = service, plan
+    def __init__(self, service: Service, plan: Plan, *, first: Answer) -> None:
+        self._service, self._plan, self._request = service, plan, first
         self._cancelled = False
-        self._request = service.submit(prompt, plan.first(), priority=plan.priority)
 
     def cancel(self) -> None:
         """Drop whichever request runs, and start no other."""
@@ -98,7 +97,7 @@ class ReasonedAnswer:
         least = plan.params.min_tokens if rest is None else min(plan.params.min_tokens, rest)
         params = replace(plan.params, max_tokens=rest, min_tokens=least)
         # Before requests that have not begun: its reader is already reading.
-        self._request = self._service.submit(prompt, params, priority=plan.priority - 1)
+        self._request = await self._service.submit(prompt, params, priority=plan.priority - 1)
         if self._cancelled:
             self._request.cancel()
         async for event in self._request:
@@ -108,6 +107,8 @@ class ReasonedAnswer:
 
 async def submit(service: Service, plan: Plan) -> Answer:
     """The plan's answer. Raises like ``Service.submit``."""
-    prompt = await service.encode(plan.prompt.text, special=False)
     with refusing("stop"):
-        return ReasonedAnswer(service, plan, prompt=prompt)
+        params = plan.first()
+    prompt = await service.encode(plan.prompt.text, special=False)
+    first = await service.submit(prompt, params, priority=plan.priority)
+    return ReasonedAnswer(service, plan, first=first)

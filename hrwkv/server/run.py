@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -64,7 +65,9 @@ def listen(settings: ServeSettings) -> socket.socket:
             backlog=BACKLOG,
         )
     except OSError as error:
-        reason = error.strerror or str(error)
+        # An address that cannot be looked up has a negative number; the text of the others repeats the place.
+        known = error.errno is not None and error.errno > 0
+        reason = os.strerror(error.errno) if known else error.strerror or str(error)
         raise ValueError(f"cannot listen on {place}: {reason}; choose another --port or --host") from error
 
 
@@ -98,7 +101,8 @@ def serve(
         host, port = listener.getsockname()[:2]
         logger.info("serving %s at %s://%s:%d/v1", service.name, scheme, host, port)
         server.run(sockets=[listener])
-        engine.close(settings.shutdown_seconds)
+        service.close()
+        engine.close(0)
 
 
 def _defaults(path: Path) -> GenerationConfig:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -104,7 +105,7 @@ class Service:
         """The text of some tokens, special ones included."""
         return await self.in_thread(lambda: str(self.tokenizer.decode(list(tokens))))
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Answer:
+    async def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Answer:
         """A prompt into the engine's line.
 
         Raises ApiError 400 for what does not fit, QueueFullError and EngineError.
@@ -113,12 +114,14 @@ class Service:
         if limit is not None and len(prompt) > limit:
             message = f"the prompt has {len(prompt)} tokens, expected at most {limit}"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        submit = partial(
+            self.engine.submit, prompt, params, priority=priority, deadline=self.settings.request_seconds
+        )
         with refusing("prompt"):
-            return self.engine.submit(
-                prompt, params, priority=priority, deadline=self.settings.request_seconds
-            )
+            # Making a grammar may take long, and other threads than the tokenizer's may wait for it.
+            return submit() if params.grammar is None else await asyncio.to_thread(submit)
 
-    def submit_all(
+    async def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int
     ) -> list[Answer]:
         """Several prompts, all of them or none."""
@@ -128,8 +131,9 @@ class Service:
             raise ApiError(400, message, param="n")
         answers: list[Answer] = []
         try:
-            answers += (self.submit(prompt, params, priority=priority) for prompt in prompts)
-        except Exception:
+            for prompt in prompts:
+                answers.append(await self.submit(prompt, params, priority=priority))
+        except BaseException:
             for answer in answers:
                 answer.cancel()
             raise

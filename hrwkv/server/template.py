@@ -93,13 +93,13 @@ class ChatFormat:
             raise ApiError(400, message, param="chat_template_kwargs")
         conversation = [_as_dict(message) for message in messages]
         try:
-            texts, _ = render_jinja_template(
+            texts = render_jinja_template(
                 [conversation],
                 tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
                 chat_template=self.template,
                 add_generation_prompt=True,
                 **{**self.special_tokens, **variables},
-            )
+            )[0]
         # What a template does with values of a wrong type is any of these.
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())

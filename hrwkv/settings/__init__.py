@@ -7,6 +7,7 @@ Each field's meaning stands in its docstring; what only the data or the model ca
 from hrwkv.settings.convert import INITIALISATIONS, ConvertSettings, ImportSettings
 from hrwkv.settings.data import DataSettings
 from hrwkv.settings.distill import DistillSettings, StageSettings
+from hrwkv.settings.engine import EngineSettings
 from hrwkv.settings.evaluate import DemoSettings, EvalSettings
 from hrwkv.settings.serve import ServeSettings
 
@@ -16,6 +17,7 @@ __all__ = [
     "DataSettings",
     "DemoSettings",
     "DistillSettings",
+    "EngineSettings",
     "EvalSettings",
     "ImportSettings",
     "ServeSettings",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -146,28 +146,28 @@ def score(token: int) -> TokenLogprob:
 
 def fake_service(engine: FakeEngine, **settings: Any) -> Service:
     values = ServeSettings(**settings)
-    return make_service(engine, values, name=NAME, defaults=GenerationConfig(eos_token_id=256))  # type: ignore[arg-type]
+    return make_service(engine, values, name=NAME, defaults=GenerationConfig())  # type: ignore[arg-type]
 
 
 def fake_app(engine: FakeEngine, *, api_keys: Sequence[str] = (), **settings: Any) -> Any:
     return create_app(fake_service(engine, **settings), api_keys=api_keys)
 
 
-def ask(app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> httpx.Response:
+def ask(app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> httpx2.Response:
     """One request without a socket; a body that is not bytes is sent as JSON, NaN and half characters too."""
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     method = "GET" if content is None else "POST"
     kind = {} if content is None else {"Content-Type": "application/json"}
 
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async def send() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.request(method, path, content=content, headers=kind | (headers or {}))
 
     return asyncio.run(send())
 
 
-def events(response: httpx.Response) -> list[Any]:
+def events(response: httpx2.Response) -> list[Any]:
     """The JSON of a stream's events; its end is checked."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from hrwkv.server.app import create_app
@@ -58,13 +58,13 @@ def test_a_body_has_a_limit() -> None:
 
 
 def test_a_body_that_does_not_tell_its_size_has_it_too() -> None:
-    async def chunked(pieces: int) -> httpx.Response:
+    async def chunked(pieces: int) -> httpx2.Response:
         async def content() -> AsyncIterator[bytes]:
             for _ in range(pieces):
                 yield b" " * 40
 
-        transport = httpx.ASGITransport(app=fake_app(engine(), max_body_bytes=100))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        transport = httpx2.ASGITransport(app=fake_app(engine(), max_body_bytes=100))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
             kind = {"Content-Type": "application/json"}
             return await client.post(COMPLETIONS, content=content(), headers=kind)
 
@@ -111,7 +111,7 @@ def test_a_dead_engine_is_neither_ready_nor_healthy() -> None:
         (COMPLETIONS, [], 422, "the body is no JSON object"),
         (COMPLETIONS, {}, 422, "prompt: field required"),
         (COMPLETIONS, b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}", 422, "a number too long"),
-        (COMPLETIONS, b"[" * 100_000, 422, "nested too deeply"),
+        (COMPLETIONS, b"[" * 100_000, 422, "too deeply nested"),
         (CHAT, {"messages": {}}, 422, "messages"),
     ],
 )

@@ -178,4 +178,4 @@ def test_a_failure_before_the_first_token_is_a_status_and_later_an_event(place: 
 def test_parameters_reach_the_engine() -> None:
     engine = saying("a")
     assert ask(fake_app(engine), PATH, ASKED | {"max_completion_tokens": 9, "seed": 3}).status_code == 200
-    assert engine.requests[0].params == SamplingParams(max_tokens=9, seed=3, stop_token_ids=(256,))
+    assert engine.requests[0].params == SamplingParams(max_tokens=9, seed=3)

@@ -14,7 +14,6 @@ MAKER = GenerationConfig(
     top_p=0.95,
     top_k=1024,
     stop_strings=[" <sep>"],
-    eos_token_id=[7, 9],
     repetition_penalty=1.1,
 )
 
@@ -41,13 +40,11 @@ def test_the_makers_sampling_is_a_default(sampling: bool, expected: tuple[float,
 def test_a_chat_ends_where_the_model_ends_its_answers() -> None:
     defaults = Defaults.from_config(MAKER, sampling=False)
     got = chat_params(chat(stop="x", stop_token_ids=[3, 7]), defaults, vocab_size=100)
-    assert (got.stop, got.stop_token_ids) == (("x", " <sep>"), (3, 7, 9))
-    assert chat_params(chat(ignore_eos=True), defaults, vocab_size=100).stop_token_ids == ()
+    assert (got.stop, got.stop_token_ids) == (("x", " <sep>"), (3, 7))
 
 
-def test_a_single_stop_text_and_end_are_lists_of_one() -> None:
-    defaults = Defaults.from_config(GenerationConfig(stop_strings="x", eos_token_id=3), sampling=True)
-    assert (defaults.stop, defaults.stop_token_ids) == (("x",), (3,))
+def test_a_single_stop_text_is_a_list_of_one() -> None:
+    assert Defaults.from_config(GenerationConfig(stop_strings="x"), sampling=True).stop == ("x",)
 
 
 @pytest.mark.parametrize(

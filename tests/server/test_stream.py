@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from hrwkv.engine.request import EngineError
@@ -46,7 +46,7 @@ def run(engine: FakeEngine, test: Callable[[str], Awaitable[None]], **settings: 
 
 async def complete(url: str) -> str:
     """The text that another client gets, which shows that the others go on."""
-    async with httpx.AsyncClient() as client:
+    async with httpx2.AsyncClient() as client:
         response = await client.post(f"{url}/v1/completions", json={"prompt": "a"})
     return str(response.json()["choices"][0]["text"])
 
@@ -130,7 +130,7 @@ def test_an_engine_that_dies_fails_who_waits_at_once() -> None:
     engine = endless(is_held=True, waits_at=0, failure=EngineError("the engine stopped: no memory"))
 
     async def test(url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx2.AsyncClient(base_url=url) as client:
             waiting = [
                 asyncio.ensure_future(client.post("/v1/completions", json=BODY | {"stream": stream}))
                 for stream in (False, True)
@@ -151,7 +151,7 @@ def test_a_fault_of_ours_is_500_and_the_server_goes_on(caplog: pytest.LogCapture
     engine = endless(failure=RuntimeError("a bug with the prompt in it"))
 
     async def test(url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx2.AsyncClient(base_url=url) as client:
             response = await client.post("/v1/completions", json={"prompt": "a"})
             assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
             assert "a bug" not in response.text
