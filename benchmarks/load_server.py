@@ -1,6 +1,6 @@
-"""Does the server hold under load? Nothing lost, nothing wrong, nothing stuck, and memory that stays flat.
+"""Does the server hold under load? Nothing lost, nothing wrong, nothing stuck, memory that stays flat.
 
-    python benchmarks/load_server.py                        # 2,000 requests, 200 connections, 10,000 idle ones
+    python benchmarks/load_server.py                     # 2,000 requests, 200 connections, 10,000 idle
     python benchmarks/load_server.py --requests 200 --connections 20 --idle 500 --minutes 0
 
 Starts ``hrwkv serve`` on the repository's tiny teacher, on the CPU, and sends it a mix that is drawn from
@@ -8,7 +8,7 @@ Starts ``hrwkv serve`` on the repository's tiny teacher, on the CPU, and sends i
 reset as soon as the request is sent; readers that read a line a tenth of a second; bodies that are no JSON or
 have fields of a wrong type; prompts longer than the model's context. Good answers are greedy and must be the
 text that the same prompt gave alone, before the load. The mix goes on until ``--minutes`` are over, so that
-memory has a first and a last minute; then idle connections are opened and good requests are sent beside them.
+memory has a first and a last minute; then idle connections are opened and good requests are sent.
 
 Takes the minutes that are asked for and about two more. The last line is JSON. Exit code 1 if any floor fails.
 """
@@ -82,6 +82,7 @@ class Tally:
     memory: list[tuple[float, int]] = field(default_factory=list)
 
     def fault(self, kind: str, text: str) -> None:
+        """Something that must not be."""
         self.outcomes[kind] += 1
         self.faults.append(f"{kind}: {text}")
 
@@ -96,6 +97,7 @@ class Load:
         self.alone: dict[str, str] = {}
 
     async def answer(self, body: dict[str, Any]) -> httpx2.Response:
+        """One completion."""
         return await self.client.post(f"{self.url}/v1/completions", json=body)
 
     async def learn(self) -> None:
@@ -106,6 +108,7 @@ class Load:
             self.alone[body["prompt"]] = response.json()["choices"][0]["text"]
 
     def judge(self, body: dict[str, Any], text: str, tokens: int) -> None:
+        """An answer is right if it is the one that the prompt got alone."""
         self.tally.tokens += tokens
         if text == self.alone[body["prompt"]]:
             self.tally.outcomes["right"] += 1
@@ -122,11 +125,13 @@ class Load:
             reason = ""
         if response.status_code in expected | {429} and reason:
             self.tally.outcomes["refused with a reason"] += 1
-            self.tally.reasons[f"{response.status_code} {reason[:60]}"] += 1
+            # Without its numbers a reason is the same for every request that has it.
+            self.tally.reasons[f"{response.status_code} {re.sub(r'[0-9]+', 'N', reason)[:70]}"] += 1
         else:
             self.tally.fault("lost", f"{response.status_code} {response.text[:200]}")
 
     async def whole(self, rng: random.Random) -> None:
+        """A good request, answered in one body."""
         body = rng.choice(self.prompts)
         response = await self.answer(body)
         if response.status_code != 200:
@@ -136,10 +141,12 @@ class Load:
         self.judge(body, found["choices"][0]["text"], found["usage"]["completion_tokens"])
 
     async def streamed(self, rng: random.Random) -> None:
+        """A good request, answered in events."""
         body = rng.choice(self.prompts)
         await self._stream(body, pause=0.0)
 
     async def slow(self, rng: random.Random) -> None:
+        """The same for a reader that takes its time."""
         await self._stream(rng.choice(self.prompts), pause=0.1)
 
     async def _stream(self, body: dict[str, Any], pause: float) -> None:
@@ -161,6 +168,7 @@ class Load:
         self.judge(body, text, tokens)
 
     async def cancelled(self, rng: random.Random) -> None:
+        """A stream that its reader closes after a few events."""
         body = rng.choice(self.prompts) | {"stream": True, "max_tokens": 400, "ignore_eos": True}
         count = rng.randrange(1, 6)
         async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
@@ -175,6 +183,7 @@ class Load:
         self.tally.outcomes["cancelled"] += 1
 
     async def reset(self, rng: random.Random) -> None:
+        """A client that is gone before it reads anything, as if it was killed."""
         body = rng.choice(self.prompts) | {
             "stream": rng.random() < 0.5,
             "max_tokens": 400,
@@ -190,6 +199,7 @@ class Load:
         self.tally.outcomes["reset"] += 1
 
     async def bad(self, rng: random.Random) -> None:
+        """A body that is wrong."""
         kind = {"Content-Type": "application/json"}
         content = rng.choice(BAD_BODIES)
         self.refused(
@@ -197,6 +207,7 @@ class Load:
         )
 
     async def oversize(self, rng: random.Random) -> None:
+        """A prompt that the model has no place for."""
         self.refused(await self.answer({"prompt": "x = 1\n" * rng.randrange(1000, 20000)}), {400, 413})
 
     async def one(self, rng: random.Random) -> None:
@@ -223,6 +234,7 @@ async def chunks(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare socket to the server."""
     return await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
 
 
@@ -260,6 +272,7 @@ def server(arguments: argparse.Namespace, log: Path) -> Any:
 
 
 async def sample_memory(pid: int, tally: Tally, start: float) -> None:
+    """Look at the server's memory until it is cancelled."""
     while True:
         tally.memory.append((time.perf_counter() - start, resident_bytes(pid)))
         await asyncio.sleep(SAMPLE_SECONDS)
@@ -322,6 +335,7 @@ HELD = ("queued", "running", "kv_blocks_used", "state_slots_used")
 
 
 def make_prompts(seed: int) -> list[dict[str, Any]]:
+    """Greedy requests of many lengths."""
     rng = random.Random(seed)
     return [
         {
@@ -348,6 +362,7 @@ def memory_change(samples: list[tuple[float, int]], minutes: float) -> float:
 
 
 async def measure(arguments: argparse.Namespace, process: Any, url: str) -> dict[str, Any]:
+    """Everything, in order: alone, the mix, what is held after it, idle connections."""
     tally = Tally()
     limits = httpx2.Limits(max_connections=arguments.connections + 50)
     async with httpx2.AsyncClient(timeout=STUCK_SECONDS, limits=limits) as client:
@@ -410,6 +425,7 @@ def floors(result: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -21,6 +21,8 @@ from hrwkv.settings import EngineSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
+# Longer than clients keep an unused connection (5 s), so that they close it and none is closed under a request.
+KEEP_ALIVE_SECONDS = 65
 
 
 class Server(uvicorn.Server):
@@ -36,6 +38,7 @@ class Server(uvicorn.Server):
             ssl_certfile=settings.tls_certificate,
             ssl_keyfile=settings.tls_key,
             timeout_graceful_shutdown=round(settings.shutdown_seconds),
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             # The application's own log, with the level that the command line chose.
             log_config=None,
             access_log=False,
