@@ -5,12 +5,12 @@
 
 Starts ``hrwkv serve`` on the repository's tiny teacher, on the CPU, and sends it a mix that is drawn from
 ``--seed``: good requests, whole and streamed; streams that are closed after some chunks; sockets that are
-reset as soon as the request is sent; readers that read a line a tenth of a second; bodies that are no JSON or
-have fields of a wrong type; prompts longer than the model's context. Good answers are greedy and must be the
-text that the same prompt gave alone, before the load. The mix goes on until ``--minutes`` are over, so that
-memory has a first and a last minute; then idle connections are opened and good requests are sent.
+reset as soon as the request is sent; readers that take a tenth of a second for a chunk; bodies that are no
+JSON or have fields of a wrong type; prompts longer than the model's context. Good answers are greedy and must
+be the text that the same prompt gave alone, before the load. The mix goes on until ``--minutes`` are over, so
+that memory has a first and a last minute; then idle connections are opened and good requests are sent.
 
-Takes the minutes that are asked for and about two more. The last line is JSON. Exit code 1 if any floor fails.
+Takes the minutes that are asked for and about two more. The last line is JSON. Exit code 1 if a floor fails.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def model_routes(service: Service) -> APIRouter:
         """The one model."""
         return {"object": "list", "data": [card]}
 
-    @router.get("/v1/models/{model}")
+    @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
         """The same by its name."""
         service.check_model(model)

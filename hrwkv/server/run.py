@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,7 +22,7 @@ from hrwkv.settings import EngineSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
-# Longer than clients keep an unused connection (5 s), so that they close it and none is closed under a request.
+# Longer than clients keep an unused connection (5 s): none is closed just as a request is sent on it.
 KEEP_ALIVE_SECONDS = 65
 
 
@@ -59,7 +60,11 @@ class Server(uvicorn.Server):
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket that listens. Raises ValueError if the address is taken, unknown or not allowed."""
+    """A socket that listens.
+
+    Raises ValueError if the address is taken, unknown or not allowed, and for TLS files that do not open.
+    """
+    _check_tls(settings)
     place = f"{settings.host} port {settings.port}"
     try:
         return socket.create_server(
@@ -69,9 +74,25 @@ def listen(settings: ServeSettings) -> socket.socket:
         )
     except OSError as error:
         # An address that cannot be looked up has a negative number; the text of the others repeats the place.
-        known = error.errno is not None and error.errno > 0
-        reason = os.strerror(error.errno) if known else error.strerror or str(error)
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror or str(error)
         raise ValueError(f"cannot listen on {place}: {reason}; choose another --port or --host") from error
+
+
+def _check_tls(settings: ServeSettings) -> None:
+    """Raise ValueError now rather than after the model is loaded."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            settings.tls_certificate, settings.tls_key
+        )
+    except OSError as error:
+        files = f"{settings.tls_certificate} and {settings.tls_key}"
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"TLS files {files} do not open: {reason}; give PEM files that belong together"
+        ) from error
 
 
 def read_keys(path: Path) -> list[str]:

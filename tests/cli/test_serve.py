@@ -33,6 +33,11 @@ def test_a_port_in_use_is_one_line(files: Files, run: Run) -> None:
         (["--api-key-file", "none.txt"], "none.txt: No such file"),
         (["--api-key-file", "empty.txt"], "empty.txt holds no key: write one a line"),
         (["--tls-key", "key.pem"], "tls_certificate, tls_key is (None, 'key.pem'), expected both or neither"),
+        (
+            ["--tls-key", "empty.txt", "--tls-certificate", "none.pem"],
+            "none.pem and empty.txt do not open: No",
+        ),
+        (["--tls-key", "empty.txt", "--tls-certificate", "empty.txt"], "empty.txt do not open"),
         (["--port", "70000"], "port is 70000, expected 0 to 65535"),
         (["--request-seconds", "0"], "request_seconds is 0.0, expected more than 0"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid port 8000"),
