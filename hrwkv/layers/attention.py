@@ -75,6 +75,7 @@ class Attention(nn.Module):
                 lengths=batch.lengths,
                 block_tables=batch.block_tables,
                 context_lens=batch.context_lens,
+                contexts=batch.contexts,
                 context_starts=batch.context_starts,
             )
         return self.o_proj(o.flatten(1))

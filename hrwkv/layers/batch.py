@@ -25,6 +25,7 @@ class TokenBatch:
     block_tables: [N, M] int64, each sequence's KV blocks in order.
     slot_mapping: [T] int64, ``block * block_size + offset`` where each token's key and value are stored.
     context_lens: [N] int64, tokens of each sequence in the KV cache, these included.
+    contexts: N ints, the host's copy of ``context_lens`` where the caller has it: on a GPU it saves copies.
     context_starts: [N] int64, the first cached token that may be attended to (left padding); None is 0.
     """
 
@@ -35,6 +36,7 @@ class TokenBatch:
     block_tables: Tensor | None = None
     slot_mapping: Tensor | None = None
     context_lens: Tensor | None = None
+    contexts: tuple[int, ...] | None = None
     context_starts: Tensor | None = None
 
     @classmethod

@@ -27,6 +27,18 @@ def kv_bytes_per_token(layers: int, *, num_kv_heads: int, head_dim: int, itemsiz
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A copy of one sequence's memory: state [L, H, K, K], keys and values [L, blocks, block_size, H_kv, K].
+
+    L counts the layers of that kind; None where there are none.
+    """
+
+    state: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
 class HybridCache:
     """Per-layer memory, written in place by the forward.
 
@@ -67,3 +79,45 @@ class HybridCache:
             (next(states),) if kind == LINEAR else (next(keys), next(values))
             for kind in config.layer_types or []
         ]
+
+    def clear_state(self, slot: int) -> None:
+        """Give a slot the state of a sequence that has read nothing."""
+        if self.state:
+            torch._foreach_zero_([state[slot] for state in self.state])
+
+    def copy_sequence(self, slot: int, to: int, *, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy a state to slot ``to``, and each pair's first block of keys and values to its second."""
+        pairs = [(state[to], state[slot]) for state in self.state]
+        pairs += [(kv[new], kv[old]) for kv in (*self.k_cache, *self.v_cache) for old, new in blocks]
+        if pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+    def save(self, slot: int, blocks: Sequence[int]) -> Snapshot:
+        """A copy of one sequence's memory in the host's memory; waits for the device."""
+
+        rows = torch.tensor(blocks, dtype=torch.int64)
+        return Snapshot(
+            state=torch.stack([state[slot] for state in self.state]).cpu() if self.state else None,
+            keys=_gather(self.k_cache, rows),
+            values=_gather(self.v_cache, rows),
+        )
+
+    def load(self, snapshot: Snapshot, slot: int, *, blocks: Sequence[int]) -> None:
+        """Write a saved sequence into a slot and as many blocks as it had."""
+        if snapshot.state is not None:
+            for state, part in zip(self.state, snapshot.state.to(self.state[0].device), strict=True):
+                state[slot] = part
+        rows = torch.tensor(blocks, dtype=torch.int64)
+        for pools, saved in ((self.k_cache, snapshot.keys), (self.v_cache, snapshot.values)):
+            if saved is not None:
+                device = pools[0].device
+                for pool, part in zip(pools, saved.to(device), strict=True):
+                    pool[rows.to(device)] = part
+
+
+def _gather(pools: Sequence[Tensor], rows: Tensor) -> Tensor | None:
+    """Rows of every pool on the host, [L, rows, ...]; None without pools."""
+    if not pools:
+        return None
+    rows = rows.to(pools[0].device)
+    return torch.stack([pool[rows] for pool in pools]).cpu()

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 
 from hrwkv.model.checkpoint import load_model
 from hrwkv.model.hf import HybridForCausalLM
+from hrwkv.model.text import Detokenizer, StopTexts
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,13 @@ def open_directory(
     model = HybridForCausalLM.from_core(load_model(path, dtype=dtype, device=device))
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, open_tokenizer(path)
+
+
+def open_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory. Raises ValueError if it has none that opens."""
     try:
-        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:  # which of them depends on what is missing
         raise ValueError(f"{path} has no tokenizer that opens: copy the teacher's files there") from error
 
@@ -78,20 +84,14 @@ def stream_text(
     Ends at an end-of-sequence token, at a stop text or after ``max_new_tokens``. Raises ValueError for an
     empty prompt.
     """
-    text, held = _Detokenizer(tokenizer, prompt), ""
+    text, stops = Detokenizer(tokenizer, prompt), StopTexts(sampling.stop)
     for token in stream_tokens(model, prompt, sampling=sampling):
-        held += text.add(token)
-        if (end := _earliest(held, sampling.stop)) is not None:
-            yield held[:end]
+        if piece := stops.add(text.add(token)):
+            yield piece
+        if stops.found is not None:
             return
-        safe = len(held) - _stop_begun(held, sampling.stop)
-        if safe:
-            yield held[:safe]
-        held = held[safe:]
-    held += text.rest()
-    end = _earliest(held, sampling.stop)
-    if held[:end]:
-        yield held[:end]
+    if piece := stops.add(text.rest()) + stops.rest():
+        yield piece
 
 
 def stream_tokens(model: HybridForCausalLM, prompt: Sequence[int], *, sampling: Sampling) -> Iterator[int]:
@@ -186,46 +186,3 @@ def _end_tokens(model: HybridForCausalLM) -> set[int]:
     """The ids that end an answer, from the generation config."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
-def _earliest(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins, None without one."""
-    return min((text.find(stop) for stop in stops if stop in text), default=None)
-
-
-def _stop_begun(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end may be the beginning of a stop text."""
-    begun = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-    return max(begun, default=0)
-
-
-class _Detokenizer:
-    """Text of one token after another; waits while a character is incomplete.
-
-    A token's text depends on its neighbour (leading spaces, bytes of one character), so each piece is the
-    difference of two decodings of a short tail, beginning with the end of the prompt.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = list(prompt[-4:])
-        self._start, self._read = 0, len(self._tokens)
-
-    def add(self, token: int) -> str:
-        """What this token completes, possibly nothing."""
-        self._tokens.append(token)
-        piece = self.rest()
-        if piece.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return piece
-
-    def rest(self) -> str:
-        """What has not been returned yet, incomplete characters included."""
-        before = self._decode(self._tokens[self._start : self._read])
-        return self._decode(self._tokens[self._start :])[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text

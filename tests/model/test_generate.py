@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hrwkv.model.checkpoint import save_model
@@ -18,16 +17,7 @@ from hrwkv.model.generate import (
 from hrwkv.model.hf import HybridForCausalLM
 from hrwkv.model.shards import CheckpointError
 from tests.builders import hf_teacher, hybrid_model, random_ids
-
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, ids 0 to 255, then an end token: characters beyond ASCII take several tokens."""
-    core = Tokenizer(models.BPE({char: i for i, char in enumerate(BYTES)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+from tests.tokenizers import byte_tokenizer
 
 
 def build(kept: tuple[int, ...] = (2,), **changes: Any) -> HybridForCausalLM:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hrwkv.kernels.attention import sdpa
 
+_FEW = 16  # new tokens of a sequence that ``paged`` takes
+
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, lengths: Sequence[int]
@@ -50,6 +52,7 @@ def paged_attention(
     lengths: Sequence[int],
     block_tables: Tensor,
     context_lens: Tensor,
+    contexts: Sequence[int] | None = None,
     context_starts: Tensor | None = None,
 ) -> Tensor:
     """Attend from new tokens to a paged cache that already holds them, causally, aligned bottom-right.
@@ -62,9 +65,10 @@ def paged_attention(
         lengths: the N numbers of new tokens, on the host (>= 0, their sum is T).
         block_tables: ``[N, M]`` int64, each sequence's blocks in order; entries past its context are not
             read as content and may be anything up to the number of blocks. On a GPU M sets the cost of more
-            than 16 new tokens, which copy the blocks: trim it.
+            than 16 new tokens, which copy the blocks: trim it, or give ``contexts``.
         context_lens: ``[N]`` tokens in the cache of each sequence, the new ones included; 0 for a sequence
             that only fills a place in a CUDA graph: its one token gives zeros.
+        contexts: the same on the host, if it is known there; the result does not depend on it.
         context_starts: ``[N]`` first cached token that may be attended, 0 for None; a query before it gives
             zeros.
 
@@ -88,6 +92,39 @@ def paged_attention(
     for name, x in (("context_lens", context_lens), ("context_starts", context_starts)):
         if x is not None and x.shape != (len(lengths),):
             raise ValueError(f"{name} has shape {list(x.shape)}, expected [{len(lengths)}]: one per sequence")
+    outputs = []
+    for run in _runs(lengths, few=_FEW if q.is_cuda else 1):
+        first, last = sum(lengths[: run.start]), sum(lengths[: run.stop])
+        tables = block_tables[run]
+        if contexts is not None:
+            tables = tables[:, : -(-max(contexts[run], default=0) // k_cache.shape[1])]
+        outputs.append(
+            _attend_paged(
+                q[first:last],
+                k_cache,
+                v_cache,
+                cu_seqlens=cu_seqlens[run.start : run.stop + 1] - first,
+                lengths=lengths[run],
+                block_tables=tables,
+                context_lens=context_lens[run],
+                context_starts=None if context_starts is None else context_starts[run],
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    block_tables: Tensor,
+    context_lens: Tensor,
+    context_starts: Tensor | None,
+) -> Tensor:
+    """``paged_attention`` by the form for the device and the lengths."""
     attend = sdpa.paged_attention
     if q.is_cuda:
         from hrwkv.kernels.attention import paged  # here, for Triton comes with a GPU's torch only
@@ -138,6 +175,16 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
 
         store = paged.store_kv
     store(k, v, k_cache, v_cache, slot_mapping=slot_mapping)
+
+
+def _runs(lengths: Sequence[int], *, few: int) -> list[slice]:
+    """Neighbours that attend in one call: those of one length, and those of at most ``few`` tokens.
+
+    In one call all are as wide as the longest, so a prompt must not share one with the next tokens of others.
+    """
+    kinds = [0 if length <= few else length for length in lengths]
+    starts = [n for n, kind in enumerate(kinds) if not n or kind != kinds[n - 1]]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(kinds)], strict=True)] or [slice(0, 0)]
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, *, names: tuple[str, str]) -> None:

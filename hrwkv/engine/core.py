@@ -1,0 +1,285 @@
+"""``EngineCore``: requests in, events out, one step at a time, in one thread and without a clock of its own.
+
+``Engine`` is this in a thread. A step that fails does not end it: the sequences of the step go back into the
+line with nothing computed, since a forward that stopped half-way has left their memory half-written, and run
+alone until each has its next token. The one that fails alone is at fault, and only its request fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from hrwkv.engine.request import EngineError, Event, FinishReason, SamplingParams, TokenLogprob, Usage
+from hrwkv.engine.runner import Runner, Sampled, Scored, Step
+from hrwkv.engine.scheduler import Plan, Scheduler, Sequence
+from hrwkv.engine.text import TextStream
+
+logger = logging.getLogger(__name__)
+# Kept for whoever drains them; without a reader the oldest go.
+MAX_LATENCIES = 2**16
+
+
+class Sink(Protocol):
+    """Where the events of a request go."""
+
+    def put(self, event: Event) -> None:
+        """The next event."""
+
+    def fail(self, error: Exception) -> None:
+        """No more events."""
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer: its tokens for the scheduler, its text, and the tokens that no event has carried yet."""
+
+    index: int
+    sequence: Sequence
+    text: TextStream
+    includes_stop: bool
+    held: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)
+    last_time: float | None = None
+    is_first_event: bool = True
+
+    def add(self, token: int, logprob: TokenLogprob | None) -> str:
+        """Text that a new token completes. An end token is no part of the answer, unless it is asked for."""
+        text = self.text.add(token)
+        is_end = self.text.is_stopped and not isinstance(self.text.stop_reason, str)
+        if not is_end or self.includes_stop:
+            self.held.append((token, logprob))
+        return text
+
+    def take(self, text: str) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """The tokens behind this text, with their log-probabilities; those of hidden stop text never come."""
+        if not text and isinstance(self.text.stop_reason, str):
+            self.held = []
+        taken, self.held = self.held, []
+        return tuple(token for token, _ in taken), tuple(score for _, score in taken if score is not None)
+
+
+@dataclass(eq=False)
+class Job:
+    """One request while it is worked on. number: of its arrival. deadline: on the clock of ``EngineCore``."""
+
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    choices: list[Choice]
+    sink: Sink
+    arrived: float
+    deadline: float | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_generated: int = 0
+    has_started: bool = False
+
+
+@dataclass
+class Totals:
+    """What has happened since the start; seconds of ``first_token`` and ``inter_token`` until drained."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preempted: int = 0
+    first_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
+    inter_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
+
+
+class EngineCore:
+    """Scheduler and runner, and the requests behind their sequences."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        overlap: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scheduler, self.totals = scheduler, Totals()
+        self._runner, self._overlap, self._clock = runner, overlap, clock
+        self._jobs: dict[int, Job] = {}
+        self._owners: dict[Sequence, tuple[Job, Choice]] = {}
+        self._pending: Step | None = None
+        self.num_queued = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished or a step unread."""
+        return bool(self._jobs) or self._pending is not None
+
+    def add(self, job: Job) -> None:
+        """Into the line with a request that fits (``Intake`` checks that)."""
+        self._jobs[job.number] = job
+        self.num_queued += 1
+        siblings = job.choices[0].sequence.siblings
+        for choice in job.choices:
+            self._owners[choice.sequence] = job, choice
+            if choice.sequence not in siblings:
+                self.scheduler.add(choice.sequence)
+
+    def abort(self, number: int) -> None:
+        """End what is unfinished of a request with finish_reason "abort"; nothing if it has ended."""
+        if (job := self._jobs.get(number)) is not None:
+            for choice in job.choices:
+                if not choice.sequence.is_finished:
+                    self._finish(job, choice, "abort")
+
+    def abort_all(self) -> None:
+        """End every request so."""
+        for number in list(self._jobs):
+            self.abort(number)
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every request with an error."""
+        for job in list(self._jobs.values()):
+            self._fail(job, error)
+        self._pending = None
+
+    def step(self) -> None:
+        """Launch one step and read one, itself or with ``overlap`` the one before.
+
+        Raises only if the device can do no more work.
+        """
+        self._abort_late()
+        plan = self.scheduler.schedule()
+        self._count(plan)
+        launched = self._launch(plan)
+        assert launched is not None or self._pending is not None or not self._jobs, "the engine stands still"
+        earlier, self._pending = self._pending, None
+        if earlier is not None and not self._read(earlier):
+            return  # all that ran goes back into the line, the newer step's sequences too
+        if isinstance(launched, Exception):
+            self._recover(plan, launched)
+        elif self._overlap:
+            self._pending = launched
+        elif launched is not None:
+            self._read(launched)
+
+    def _abort_late(self) -> None:
+        now = self._clock()
+        late = [job for job in self._jobs.values() if job.deadline is not None and job.deadline <= now]
+        for job in late:
+            self.abort(job.number)
+
+    def _count(self, plan: Plan) -> None:
+        self.totals.preempted += plan.num_preempted
+        for piece in plan.pieces:
+            job, _ = self._owners[piece.sequence]
+            if not job.has_started:
+                job.has_started = True
+                self.num_queued -= 1
+                self.totals.prompt_tokens += len(job.prompt)
+
+    def _launch(self, plan: Plan) -> Step | Exception | None:
+        if not plan.moves and not plan.pieces:
+            return None
+        try:
+            return self._runner.launch(plan)
+        except Exception as error:
+            return error.with_traceback(None)  # which holds the forward's tensors
+
+    def _read(self, step: Step) -> bool:
+        """Hand out what a step has computed; False if the device failed in it."""
+        try:
+            sampled, scored = step.read()
+        except Exception as error:
+            self._recover(step.plan, error.with_traceback(None))
+            return False
+        now = self._clock()
+        for scores in scored:
+            self._add_scores(scores)
+        for each in sampled:
+            if each.sequence.is_finished:  # it ended while this step was on its way
+                continue
+            job, choice = self._owners[each.sequence]
+            each.sequence.is_suspect = False
+            self.scheduler.append(each.sequence, each.token)
+            try:
+                self._deliver(job, choice, each, now)
+            except Exception as error:
+                logger.exception("request %d failed", job.number)
+                self._fail(job, EngineError(f"the answer's text failed ({describe(error)})"))
+        return True
+
+    def _recover(self, plan: Plan, error: Exception) -> None:
+        """Put back all that ran, as suspects; fail the request of a suspect that failed alone."""
+        logger.error("a step of %d sequences failed: %s", len(plan.pieces), describe(error))
+        self._runner.recover()
+        blamed = [piece.sequence for piece in plan.pieces if piece.sequence.is_suspect]
+        for sequence in self.scheduler.doubtful():
+            self.scheduler.restart(sequence)
+            sequence.is_suspect = True
+        for sequence in blamed:
+            if sequence in self._owners:
+                failure = EngineError(f"the model failed on this request ({describe(error)})")
+                self._fail(self._owners[sequence][0], failure)
+
+    def _add_scores(self, scores: Scored) -> None:
+        """Log-probabilities of a piece of a prompt; those computed again after a preemption are left out."""
+        if scores.sequence in self._owners:
+            known = self._owners[scores.sequence][0].prompt_logprobs
+            known += scores.logprobs[len(known) - scores.first :]
+
+    def _deliver(self, job: Job, choice: Choice, sampled: Sampled, now: float) -> None:
+        """One more token of a choice: its text, and the event that is due."""
+        self.totals.generated_tokens += 1
+        job.num_generated += 1
+        if choice.last_time is None:
+            self.totals.first_token.append(now - job.arrived)
+        else:
+            self.totals.inter_token.append(now - choice.last_time)
+        choice.last_time = now
+        logprob = sampled.logprob
+        if job.params.logprobs is None or logprob is None:
+            logprob = None  # another sequence of the step asked for it
+        else:
+            logprob = replace(logprob, top=logprob.top[: job.params.logprobs])
+        sequence = choice.sequence
+        if sequence.grammar is not None:
+            sequence.grammar.accept(sampled.token)
+        text = choice.add(sampled.token, logprob)
+        if choice.text.is_stopped or len(sequence.tokens) >= sequence.limit:
+            self._finish(job, choice, "length", text)
+        elif text:
+            job.sink.put(self._event(job, choice, text))
+
+    def _finish(self, job: Job, choice: Choice, reason: FinishReason, text: str = "") -> None:
+        """The last event of a choice, for this reason if its text has not stopped; with the last the request."""
+        self.scheduler.finish(choice.sequence)
+        del self._owners[choice.sequence]
+        event = self._event(job, choice, text + choice.text.finish())
+        if choice.text.is_stopped:
+            reason = "stop"
+        job.sink.put(replace(event, finish_reason=reason, stop_reason=choice.text.stop_reason))
+        if all(other.sequence.is_finished for other in job.choices):
+            self._forget(job)
+
+    def _fail(self, job: Job, error: EngineError) -> None:
+        for choice in job.choices:
+            if not choice.sequence.is_finished:
+                self.scheduler.finish(choice.sequence)
+                del self._owners[choice.sequence]
+        self._forget(job)
+        job.sink.fail(error)
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.number]
+        self.num_queued -= not job.has_started
+
+    def _event(self, job: Job, choice: Choice, text: str) -> Event:
+        tokens, logprobs = choice.take(text)
+        prompt_logprobs = (
+            tuple(job.prompt_logprobs) if choice.is_first_event and job.prompt_logprobs else None
+        )
+        choice.is_first_event = False
+        usage = Usage(len(job.prompt), job.num_generated)
+        return Event(choice.index, text, tokens, usage, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -1,0 +1,335 @@
+"""Which sequences run in the next step, with how many tokens and in which memory: policy, without tensors.
+
+New ones come in while a slot, and blocks for all that they already hold, are free; one of a higher priority
+puts others aside for that. Then everybody continues, best first: each its next token, prompts with the rest
+of the token budget. Who finds no KV block takes those of the worst, which is put aside: its memory copied to
+the host, or computed again. Best is the lowest priority number, then the earliest. Left out: reordering the
+line by length.
+
+Sequences are decided about before their last token is known (``in_flight``): only its place counts here.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from hrwkv.engine.grammar import GrammarState
+from hrwkv.engine.memory import Memory
+from hrwkv.engine.sampling import SequenceSampling
+from hrwkv.model.cache import Snapshot
+
+
+@dataclass(eq=False)
+class Saved:
+    """A sequence's memory on the host; several answers to one prompt may start from one copy."""
+
+    num_bytes: int
+    owners: int = 1
+    snapshot: Snapshot | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making. tokens: prompt and answer as far as the host knows it.
+
+    limit: tokens at which it ends. grammar: what it must match; its next step depends on the text so far, so
+    it waits until that is read. sampling: how its tokens are drawn. prompt_scores: as prompt_logprobs of its
+    request, if this is the answer that collects them. siblings: answers to the same prompt that start from this one's memory once the
+    prompt but for its last token is computed. num_computed: tokens whose keys and states are stored.
+    """
+
+    key: tuple[int, int, int]  # priority, arrival, choice: the best is the lowest
+    tokens: list[int]
+    limit: int
+    grammar: GrammarState | None = None
+    sampling: SequenceSampling | None = None
+    prompt_scores: int | None = None
+    siblings: list[Sequence] = field(default_factory=list)
+    num_prompt: int = field(init=False)
+    num_computed: int = 0
+    in_flight: int = 0
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    saved: Saved | None = None
+    is_suspect: bool = False
+    is_finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens it has, those included that are sampled and not yet read."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that a forward has to read before the next one can be sampled, or siblings can start."""
+        return (self.num_prompt - 1 if self.siblings else self.length) - self.num_computed
+
+    @property
+    def is_ready(self) -> bool:
+        """True if a step could continue it now."""
+        return self.length < self.limit and not (self.grammar is not None and self.in_flight)
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Give a slot the empty state."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy a state from slot to slot, and blocks in pairs of old and new."""
+
+    slot: int
+    to: int
+    blocks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Copy a slot and blocks to the host."""
+
+    saved: Saved
+    slot: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Copy them back."""
+
+    saved: Saved
+    slot: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``start + count`` of a sequence; samples: the next token is then drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass
+class Plan:
+    """One step: moves of memory in their order, then the pieces of one forward."""
+
+    moves: list[Clear | Copy | Save | Load] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    num_preempted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward."""
+        return sum(piece.count for piece in self.pieces)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Let a sequence read its next ``count`` tokens."""
+        start = sequence.num_computed
+        samples = not sequence.siblings and start + count == sequence.length
+        self.pieces.append(Piece(sequence, start, count, samples))
+        sequence.num_computed += count
+        sequence.in_flight += samples
+
+
+class Scheduler:
+    """The waiting line, the running sequences, and the memory that they hold."""
+
+    def __init__(self, memory: Memory, *, step_tokens: int) -> None:
+        self.memory, self.step_tokens = memory, step_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Into the line, behind its betters."""
+        insort(self.waiting, sequence, key=lambda other: other.key)
+
+    def schedule(self) -> Plan:
+        """Decide on one step. After a failure the suspects run alone, one after the other, until cleared."""
+        plan = Plan()
+        suspect = next((one for one in (*self.running, *self.waiting) if one.is_suspect), None)
+        for sequence in self.running.copy():
+            if sequence.siblings and not sequence.remaining:
+                self._fork(sequence, plan)
+        self._admit(plan, suspect)
+        self._continue(plan, [suspect] if suspect else self.running)
+        return plan
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """A sampled token was read."""
+        sequence.tokens.append(token)
+        sequence.in_flight -= 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free what it holds."""
+        sequence.is_finished = True
+        self._leave(sequence)
+
+    def doubtful(self) -> list[Sequence]:
+        """Those whose memory, or copy of it, a failed step may have left half-written."""
+        unsaved = [one for one in self.waiting if one.saved is not None and one.saved.snapshot is None]
+        unread = [one for one in self.waiting if one.in_flight]
+        return [*self.running, *dict.fromkeys([*unsaved, *unread])]
+
+    def restart(self, sequence: Sequence) -> None:
+        """Back into the line with nothing computed and nothing in flight: its memory cannot be trusted."""
+        self._leave(sequence)
+        sequence.num_computed = sequence.in_flight = 0
+        self.add(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        for line in (self.running, self.waiting):
+            if sequence in line:
+                line.remove(sequence)
+        self._free(sequence)
+        self._drop_saved(sequence)
+
+    def _continue(self, plan: Plan, sequences: list[Sequence]) -> None:
+        ready = [one for one in sequences if one.slot is not None and one.is_ready]
+        ready.sort(key=lambda one: one.key)
+        budget = self.step_tokens - sum(one.remaining == 1 for one in ready)
+        for sequence in ready:
+            if sequence.slot is None:  # it made room for a better one
+                continue
+            count = min(sequence.remaining, budget)
+            if sequence.remaining == 1:
+                count = 1  # its place is reserved
+            if count and self._grow(sequence, plan):
+                budget -= count if sequence.remaining > 1 else 0
+                plan.add(sequence, count)
+
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give it a block for its next token, at the cost of the worst; False if it is the worst itself.
+
+        The worst is never in the plan already: that is filled from the best on.
+        """
+        pool = self.memory.blocks
+        need = self.memory.blocks_for(sequence.length) - len(sequence.blocks)
+        while need > pool.free:
+            worst = max(self.running, key=lambda one: one.key)
+            self._preempt(worst, plan)
+            if worst is sequence:
+                return False
+        sequence.blocks += pool.take(max(need, 0))
+        return True
+
+    def _admit(self, plan: Plan, suspect: Sequence | None) -> None:
+        """Bring in the best of the line while this step has tokens and the memory has room for them."""
+        ready = [one for one in self.running if one.is_ready]
+        budget = self.step_tokens - sum(one.remaining for one in ready)
+        while self.waiting and budget > 0:
+            sequence = suspect or self.waiting[0]
+            # What is in flight has no place to be read from once its sequence was put aside.
+            if sequence.slot is not None or sequence.in_flight or not self._make_room(sequence, plan):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self._seat(sequence, plan)
+            budget -= sequence.remaining
+
+    def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
+        """True if it fits, after putting aside those of a lower priority if that is what it takes."""
+        memory, kept = self.memory, sorted(self.running, key=lambda one: one.key)
+        slots, blocks = memory.slots.free, memory.blocks.free
+        victims = []
+        while not (slots and blocks >= memory.blocks_for(sequence.length) + self._about_to_take(kept)):
+            # A suspect runs alone, so nobody else would ever make room.
+            if not kept or not (sequence.is_suspect or kept[-1].key[0] > sequence.key[0]):
+                return False
+            victims.append(kept.pop())
+            slots, blocks = slots + 1, blocks + memory.blocks.num_unshared(victims[-1].blocks)
+            if not kept:
+                blocks = memory.blocks.total  # those too that victims shared with one another
+        for worst in victims:
+            self._preempt(worst, plan)
+        return True
+
+    def _about_to_take(self, sequences: list[Sequence]) -> int:
+        """Blocks that these need in this step: a newcomer without them would be put aside at once."""
+        need = self.memory.blocks_for
+        return sum(max(need(one.length) - len(one.blocks), 0) for one in sequences if one.is_ready)
+
+    def _seat(self, sequence: Sequence, plan: Plan) -> None:
+        """Give it a slot, blocks for all that it has, and what was saved of it."""
+        memory, length = self.memory, sequence.length
+        (sequence.slot,) = memory.slots.take(1)
+        sequence.blocks = memory.blocks.take(memory.blocks_for(length))
+        if sequence.saved is None:
+            plan.moves.append(Clear(sequence.slot))
+            return
+        used = memory.blocks_for(sequence.num_computed)
+        plan.moves.append(Load(sequence.saved, sequence.slot, tuple(sequence.blocks[:used])))
+        self._drop_saved(sequence)
+
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+        """Put a sequence aside: its memory to the host if there is room, otherwise it is computed again."""
+        if sequence.length < sequence.limit and sequence.num_computed:
+            sequence.saved = self._save(sequence, plan)
+        if sequence.saved is None:
+            sequence.num_computed = 0
+        self._free(sequence)
+        self.running.remove(sequence)
+        self.add(sequence)
+        plan.num_preempted += 1
+
+    def _save(self, sequence: Sequence, plan: Plan) -> Saved | None:
+        num_bytes = self.memory.saved_bytes(sequence.num_computed)
+        if num_bytes > self.memory.swap_free:
+            return None
+        assert sequence.slot is not None
+        self.memory.swap_free -= num_bytes
+        saved = Saved(num_bytes)
+        used = sequence.blocks[: self.memory.blocks_for(sequence.num_computed)]
+        plan.moves.append(Save(saved, sequence.slot, tuple(used)))
+        return saved
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self.memory.slots.release([sequence.slot])
+            self.memory.blocks.release(sequence.blocks)
+            sequence.slot, sequence.blocks = None, []
+
+    def _drop_saved(self, sequence: Sequence) -> None:
+        if sequence.saved is not None:
+            sequence.saved.owners -= 1
+            if not sequence.saved.owners:
+                self.memory.swap_free += sequence.saved.num_bytes
+            sequence.saved = None
+
+    def _fork(self, stem: Sequence, plan: Plan) -> None:
+        """Start the siblings where the prompt but for its last token is computed.
+
+        Full blocks are shared, the last one is copied. Who finds no room waits, with a copy on the host.
+        """
+        memory, saved = self.memory, None
+        full, partial = divmod(stem.num_computed, memory.sizes.block_size)
+        full = min(full, len(stem.blocks))
+        for sibling in stem.siblings:
+            need = memory.blocks_for(sibling.length) - full
+            sibling.num_computed = stem.num_computed
+            if memory.slots.free and memory.blocks.free >= need:
+                memory.blocks.share(stem.blocks[:full])
+                (sibling.slot,) = memory.slots.take(1)
+                sibling.blocks = stem.blocks[:full] + memory.blocks.take(need)
+                tail = ((stem.blocks[full], sibling.blocks[full]),) if partial and stem.blocks else ()
+                assert stem.slot is not None
+                plan.moves.append(Copy(stem.slot, sibling.slot, tail))
+                self.running.append(sibling)
+                continue
+            if saved is None:
+                saved = self._save(stem, plan)
+            else:
+                saved.owners += 1
+            sibling.saved = saved
+            if saved is None:
+                sibling.num_computed = 0
+            self.add(sibling)
+        stem.siblings = []
