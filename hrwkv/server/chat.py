@@ -29,6 +29,7 @@ def routes(service: Service, logprobs: Logprobs) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.check_model(body.model)
+        service.check_choices(1, body.n)
         params = chat_params(body, service.defaults, vocab_size=service.vocab_size)
         answer, reading = await _submit(body, service, params)
         pieces = _pieces(answer, reading, logprobs if body.logprobs else None)
@@ -89,8 +90,7 @@ async def _submit(body: ChatRequest, service: Service, params: SamplingParams) -
     tokens = await service.encode(rendered.text + prefix, special=False, param="messages")
     if not tokens:
         raise ApiError(400, "the conversation has no tokens: give a message", param="messages")
-    (answer,) = await service.submit_all([tokens], params, priority=priority)
-    return answer, reading
+    return await service.submit(tokens, params, priority=priority), reading
 
 
 def _with_reasoning(body: ChatRequest, rendered: Rendered, params: SamplingParams) -> tuple[Rendered, bool]:

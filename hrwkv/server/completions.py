@@ -70,14 +70,16 @@ async def _prompts(body: CompletionRequest, service: Service) -> list[Prompt]:
     given: Sequence[Any] = body.prompt
     single = isinstance(given, str) or isinstance(given[0], int)
     need_text = body.echo or service.settings.log_prompts
-    prompts = []
+    prompts, vocab_size = [], service.vocab_size
+    service.check_choices(1 if single else len(given), body.n)
     for prompt in [given] if single else given:
         if isinstance(prompt, str):
             tokens, text = await service.encode(prompt, special=body.add_special_tokens), prompt
         else:
             tokens, text = list(prompt), ""
-            if bad := next((token for token in tokens if not 0 <= token < service.vocab_size), None):
-                expected = f"0 to {service.vocab_size - 1}"
+            service.check_length(len(tokens))
+            if bad := next((token for token in tokens if not 0 <= token < vocab_size), None):
+                expected = f"0 to {vocab_size - 1}"
                 raise ApiError(400, f"prompt has the token id {bad}, expected {expected}", param="prompt")
             if need_text:
                 text = await service.decode(tokens)

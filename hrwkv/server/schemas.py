@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from hrwkv.server.errors import unknown_field
 
 # Signed 64 bits: no number that JSON can spell may overflow in the engine.
 Int: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Json: TypeAlias = dict[str, Any]
+# One complaint about a list is enough; a million of them would take all memory, as would a million messages.
+MAX_ENTRIES = 4096
+Ints: TypeAlias = Annotated[list[Int], Field(fail_fast=True)]
+Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+# The same for a map, which pydantic reads to its end.
+MAX_BIASES = 1024
+
+
+def _few(given: Any) -> Any:
+    """Before a map is read."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise PydanticCustomError("too_long", f"{len(given)} entries, expected at most {MAX_BIASES}")
+    return given
 
 
 class Body(BaseModel):
@@ -79,7 +93,7 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     regex: str | None = None
     grammar: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
 
 
 class Sampling(Ignored):
@@ -94,14 +108,14 @@ class Sampling(Ignored):
     min_p: float = 0.0
     n: Int = 1
     seed: Int | None = None
-    stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[Int] = Field(default_factory=list)
+    stop: str | Texts = Field(default_factory=list)
+    stop_token_ids: Ints = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] = Field(default_factory=dict)
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -109,14 +123,14 @@ class Sampling(Ignored):
     guided_json: Json | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     priority: Int | None = None
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Int] | list[list[Int]]
+    prompt: str | Texts | Ints | Annotated[list[Ints], Field(fail_fast=True, max_length=MAX_ENTRIES)]
     max_tokens: Int | None = 16
     echo: bool = False
     logprobs: Int | None = None
@@ -150,10 +164,12 @@ class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_ENTRIES)] = ""
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_ENTRIES)] = Field(
+        default_factory=list
+    )
     tool_call_id: str | None = None
     # A client that sends an answer back as it came sends these too.
     annotations: Any = None
@@ -192,11 +208,11 @@ class ToolChoice(Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_ENTRIES)]
     max_completion_tokens: Int | None = None
     logprobs: bool = False
     top_logprobs: Int | None = None
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_ENTRIES)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning_budget: Annotated[int, Field(ge=0, le=2**31)] | None = None
@@ -209,7 +225,7 @@ class TokenizeRequest(Ignored):
 
     model: str = ""
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_ENTRIES)] | None = None
     add_special_tokens: bool = True
     chat_template_kwargs: Json = Field(default_factory=dict)
     return_token_strs: bool = False
@@ -219,4 +235,4 @@ class DetokenizeRequest(Ignored):
     """POST /detokenize."""
 
     model: str = ""
-    tokens: list[Int]
+    tokens: Ints

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # Long texts are tokenised beside the event loop; two at a time, so that one of them stops no other request.
 TOKENIZER_THREADS = 2
+# A text is refused unread only if it is so many times longer than any prompt: tokenizers may shorten it.
+SLACK = 4
 
 
 class Answer(Protocol):
@@ -73,6 +75,17 @@ class Service:
         return int(self.engine.model_config.vocab_size)
 
     @property
+    def max_prompt(self) -> int:
+        """Tokens of a prompt at most; its answer needs room as well, which the engine looks after."""
+        limit, context = self.settings.max_prompt_tokens, int(self.engine.max_context)
+        return context if limit is None else min(limit, context)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(len(token) for token in self.tokenizer.get_vocab())
+
+    @property
     def is_ready(self) -> bool:
         """True while new requests are taken."""
         return self.engine.is_alive and not self.draining.is_set()
@@ -89,6 +102,10 @@ class Service:
 
     async def encode(self, text: str, *, special: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text; ``special`` adds those that begin a text. Raises ApiError 400."""
+        limit = SLACK * self._longest_token * self.max_prompt
+        if len(text) > limit:
+            message = f"{param} has {len(text)} characters, more than {self.max_prompt} tokens can hold"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
@@ -110,10 +127,7 @@ class Service:
 
         Raises ApiError 400 for what does not fit, QueueFullError and EngineError.
         """
-        limit = self.settings.max_prompt_tokens
-        if limit is not None and len(prompt) > limit:
-            message = f"the prompt has {len(prompt)} tokens, expected at most {limit}"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        self.check_length(len(prompt))
         submit = partial(
             self.engine.submit, prompt, params, priority=priority, deadline=self.settings.request_seconds
         )
@@ -121,14 +135,16 @@ class Service:
             # Making a grammar may take long, and other threads than the tokenizer's may wait for it.
             return submit() if params.grammar is None else await asyncio.to_thread(submit)
 
+    def check_length(self, tokens: int) -> None:
+        """Raise ApiError 400 for a prompt of so many tokens, if it is too long."""
+        if tokens > self.max_prompt:
+            message = f"the prompt has {tokens} tokens, expected at most {self.max_prompt}"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+
     async def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int
     ) -> list[Answer]:
         """Several prompts, all of them or none."""
-        if len(prompts) * params.n > self.settings.max_choices:
-            came = f"{len(prompts)} prompts with n {params.n}"
-            message = f"{came}, expected at most {self.settings.max_choices} answers of one request"
-            raise ApiError(400, message, param="n")
         answers: list[Answer] = []
         try:
             for prompt in prompts:
@@ -138,6 +154,12 @@ class Service:
                 answer.cancel()
             raise
         return answers
+
+    def check_choices(self, prompts: int, n: int) -> None:
+        """Raise ApiError 400 for more answers than a request may have."""
+        if prompts * n > self.settings.max_choices:
+            message = f"{prompts} prompts with n {n}, expected at most {self.settings.max_choices} answers"
+            raise ApiError(400, message, param="n")
 
     def priority(self, given: int | None) -> int:
         """A request's place in the line. Raises ApiError 400 where it is not the client's to choose."""

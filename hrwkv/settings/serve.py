@@ -28,7 +28,7 @@ class ServeSettings:
     """PEM file of the certificate's private key."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may ask this server, like https://chat.example.org; none by default."""
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 4 * 2**20
     """Bytes of a request's body; a larger one is refused with 413."""
     max_prompt_tokens: int | None = None
     """Tokens of one prompt; left out, what the model's longest context holds."""

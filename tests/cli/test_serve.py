@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from hrwkv.server.schemas import ChatRequest, CompletionRequest
+from hrwkv.settings import EngineSettings, ServeSettings
 from tests.cli.conftest import Files, Run
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +67,17 @@ def test_a_missing_extra_is_one_line(files: Files, run: Run, monkeypatch: pytest
 
 def test_help_has_every_default(run: Run) -> None:
     text = " ".join(run("serve", "--help").out.split())
-    for shown in ("127.0.0.1", "8000", "16777216", "600.0", "hrwkv serve run/stage3", "/v1/chat/completions"):
+    for shown in ("127.0.0.1", "8000", "4194304", "600.0", "hrwkv serve run/stage3", "/v1/chat/completions"):
         assert shown in text
+
+
+def test_the_page_names_every_flag_and_field() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
+    flags = {field.name for settings in (ServeSettings, EngineSettings) for field in fields(settings)}
+    negative = {"generation_defaults": "no-generation-defaults"}
+    missing = [name for name in flags if f"`--{negative.get(name, name).replace('_', '-')}`" not in page]
+    bodies = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    assert missing + [name for name in bodies if f"`{name}`" not in page] == []
 
 
 def test_it_answers_and_ends_when_it_is_told_to(files: Files, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from hrwkv.server.app import create_app
+from hrwkv.server.service import Service
 from tests.server.fakes import FakeEngine, ask, fake_app, fake_service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -70,6 +71,16 @@ def test_a_body_that_does_not_tell_its_size_has_it_too() -> None:
 
     assert asyncio.run(chunked(2)).status_code == 422
     assert asyncio.run(chunked(3)).status_code == 413
+
+
+def test_what_is_far_too_long_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, asked = fake_app(engine()), {"role": "user", "content": "a"}
+    response = ask(app, CHAT, {"messages": [asked] * 4097})
+    assert (response.status_code, "at most 4096 items" in response.text) == (422, True)
+    monkeypatch.delattr(Service, "_encode")
+    # A token of this tokenizer is one character, but for "<end>"; and a prompt may have 200.
+    response = ask(app, COMPLETIONS, {"prompt": "a" * (4 * 5 * 200 + 1)})
+    assert (response.status_code, "prompt has 4001 characters" in response.text) == (400, True)
 
 
 def test_other_origins_are_let_in_only_by_name() -> None:
