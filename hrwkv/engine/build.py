@@ -42,7 +42,7 @@ def build_core(
     sizes: MemorySizes,
     clock: Callable[[], float] = time.monotonic,
 ) -> EngineCore:
-    """A core with memory of these sizes. Raises ValueError for a state_dtype that the device does not take."""
+    """A core with memory of these sizes. Raises ValueError for a state_dtype that needs a GPU."""
     weight = model.lm_head.weight
     if settings.state_dtype != "float32" and not weight.is_cuda:
         raise ValueError(f"state_dtype is {settings.state_dtype}, expected float32 without a GPU")

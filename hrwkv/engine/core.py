@@ -242,13 +242,14 @@ class EngineCore:
         if sequence.grammar is not None:
             sequence.grammar.accept(sampled.token)
         text = choice.add(sampled.token, logprob)
-        if choice.text.is_stopped or len(sequence.tokens) >= sequence.limit:
-            self._finish(job, choice, "length", text)
+        is_complete = sequence.grammar is not None and sequence.grammar.is_ended
+        if choice.text.is_stopped or is_complete or len(sequence.tokens) >= sequence.limit:
+            self._finish(job, choice, "stop" if is_complete else "length", text)
         elif text:
             job.sink.put(self._event(job, choice, text))
 
     def _finish(self, job: Job, choice: Choice, reason: FinishReason, text: str = "") -> None:
-        """The last event of a choice, for this reason if its text has not stopped; with the last the request."""
+        """The last event of a choice, for this reason unless its text has stopped by itself."""
         self.scheduler.finish(choice.sequence)
         del self._owners[choice.sequence]
         event = self._event(job, choice, text + choice.text.finish())

@@ -85,29 +85,34 @@ class DecodeGraphs:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # kernels compile, and choose how to be launched, outside a recording
-            self.compute(inputs)
+            self._decode(inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            logits = self.compute(inputs)
+            logits = self._decode(inputs)
         self._recordings[size] = _Recording(graph, inputs, logits)
 
-    def compute(self, inputs: Tensor) -> Tensor:
-        """What is recorded: inputs [FIELDS, B] int64 -> logits [B, V] fp32."""
-        tokens, positions, slot_mapping, rows, contexts, state_slots = inputs
-        tokens = torch.where(tokens < 0, self._last_tokens[rows], tokens)
-        num = len(tokens)
-        batch = TokenBatch(
-            positions=positions,
-            cu_seqlens=torch.arange(num + 1, dtype=torch.int32, device=inputs.device),
-            lengths=(1,) * num,
-            state_slots=state_slots,
-            block_tables=self._tables[rows],
-            slot_mapping=slot_mapping,
-            context_lens=contexts,
-        )
-        return self._model.compute_logits(self._model(tokens, batch, self._cache)).float()
+    def _decode(self, inputs: Tensor) -> Tensor:
+        return decode(self._model, self._cache, inputs, tables=self._tables, last_tokens=self._last_tokens)
+
+
+def decode(
+    model: HybridModel, cache: HybridCache, inputs: Tensor, *, tables: Tensor, last_tokens: Tensor
+) -> Tensor:
+    """What is recorded: inputs [FIELDS, B] int64 -> logits [B, V] fp32."""
+    tokens, positions, slot_mapping, rows, contexts, state_slots = inputs
+    tokens = torch.where(tokens < 0, last_tokens[rows], tokens)
+    batch = TokenBatch(
+        positions=positions,
+        cu_seqlens=torch.arange(len(tokens) + 1, dtype=torch.int32, device=inputs.device),
+        lengths=(1,) * len(tokens),
+        state_slots=state_slots,
+        block_tables=tables[rows],
+        slot_mapping=slot_mapping,
+        context_lens=contexts,
+    )
+    return model.compute_logits(model(tokens, batch, cache)).float()
 
 
 def padded_inputs(places: Places, size: int, *, spare: int) -> np.ndarray:

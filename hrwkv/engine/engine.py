@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hrwkv.engine.build import build_core, fit_memory, longest_context
 from hrwkv.engine.core import Job
+from hrwkv.engine.grammar import GrammarCompiler
 from hrwkv.engine.intake import Intake
 from hrwkv.engine.request import (
     EngineError,
@@ -101,7 +102,9 @@ class Engine:
         self.max_context = longest_context(model, self._settings, sizes=self._sizes)
         ends = _ids(model.config.eos_token_id) | _ids(tokenizer.eos_token_id) if end_ids is None else end_ids
         vocab_size = model.config.vocab_size
-        self._intake = Intake(tokenizer, vocab_size, self.max_context, tuple(sorted(set(ends))))
+        end_ids = tuple(sorted(set(ends)))
+        grammars = GrammarCompiler(tokenizer, vocab_size=vocab_size, end_ids=end_ids)
+        self._intake = Intake(tokenizer, vocab_size, self.max_context, end_ids, grammars)
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._arriving: deque[Job] = deque()
@@ -230,10 +233,10 @@ class Engine:
             self.close(0)
 
     def _check_open(self) -> None:
-        if self._is_dead:
-            raise EngineError("the engine has failed: start it again, its log says why")
         if self._stop_at is not None:
             raise EngineError("the engine is closed")
+        if self._is_dead:
+            raise EngineError("the engine has failed: start it again, its log says why")
         waiting = self._core.num_queued + len(self._arriving)
         if waiting >= self._settings.max_waiting:
             raise QueueFullError(f"{waiting} requests wait already: come again later")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from hrwkv.engine.core import Choice, Job, Sink
-from hrwkv.engine.grammar import GrammarState
+from hrwkv.engine.grammar import GrammarCompiler
 from hrwkv.engine.request import CapacityError, SamplingParams, TokenLogprob
 from hrwkv.engine.sampling import SequenceSampling, choice_seed
 from hrwkv.engine.scheduler import Sequence
@@ -18,12 +18,13 @@ from hrwkv.engine.text import TextStream
 
 @dataclass(frozen=True)
 class Intake:
-    """Turns prompts into jobs. end_ids: tokens that end an answer. max_context: tokens of prompt and answer."""
+    """Prompts to jobs. max_context: tokens of prompt and answer together. end_ids: they end an answer."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_context: int
     end_ids: tuple[int, ...]
+    grammars: GrammarCompiler
 
     def job(
         self, prompt: Rows[int], params: SamplingParams, *, priority: int, number: int, sink: Sink, now: float
@@ -36,7 +37,7 @@ class Intake:
         tokens = self._checked(prompt)
         self._check_ids(params)
         limit = self._limit(len(tokens), params)
-        grammars = [self._grammar(params) for _ in range(params.n)]
+        grammar = None if params.grammar is None else self.grammars.compile(params.grammar)
         choices = [
             Choice(
                 index,
@@ -44,7 +45,7 @@ class Intake:
                     (priority, number, index),
                     list(tokens),
                     limit,
-                    grammar=grammars[index],
+                    grammar=None if grammar is None else grammar.fork(),
                     sampling=SequenceSampling(params, choice_seed(params, index), len(tokens), self.end_ids),
                     prompt_scores=params.prompt_logprobs if index == 0 else None,
                 ),
@@ -59,11 +60,6 @@ class Intake:
         if params.prompt_logprobs is not None:
             job.prompt_logprobs.append(TokenLogprob(tokens[0], None))
         return job
-
-    def _grammar(self, params: SamplingParams) -> GrammarState | None:
-        if params.grammar is None:
-            return None
-        return GrammarState(params.grammar, self.tokenizer)
 
     def _checked(self, prompt: Rows[int]) -> list[int]:
         try:

@@ -98,8 +98,8 @@ class MemorySizes:
         block = token * settings.block_size
         if slot + block > budget:
             raise ValueError(
-                f"the cache has {budget} bytes, but one sequence needs {slot} for its state and {block} for a "
-                "block of keys and values: raise memory_fraction or cache_bytes, or lower step_tokens"
+                f"the cache has {budget} bytes, but one sequence needs {slot} for its state and {block} "
+                "for a block of keys and values: raise memory_fraction or cache_bytes, or lower step_tokens"
             )
         share = MAX_STATE_SHARE if block else 1.0
         slots = settings.max_sequences

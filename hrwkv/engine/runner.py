@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hrwkv.engine.decode_graphs import DecodeGraphs
+from hrwkv.engine.grammar import allocate_mask
 from hrwkv.engine.memory import MemorySizes
 from hrwkv.engine.request import TokenLogprob
 from hrwkv.engine.sampling import (
@@ -131,7 +132,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Step:
-        """Hand one step to the device. Raises what the model or the device raises; memory is then undefined."""
+        """Hand one step to the device. Raises what the model raises; memory is then undefined."""
         for move in plan.moves:
             self._move(move)
         # Neighbours of one length attend in one call; the order of the slots seldom changes between steps.
@@ -260,12 +261,14 @@ class Runner:
 
     def _bitmask(self, sequences: list[Sequence], vocab_size: int) -> Tensor | None:
         """What grammars allow, [N, ceil(V / 32)] int32."""
-        if not any(sequence.grammar for sequence in sequences):
+        if all(sequence.grammar is None for sequence in sequences):
             return None
-        mask = np.full((len(sequences), -(-vocab_size // 32)), -1, dtype=np.int32)
-        for row, sequence in zip(mask, sequences, strict=True):
-            if sequence.grammar is not None:
-                sequence.grammar.fill_mask(row)
+        mask = allocate_mask(len(sequences), vocab_size)
+        for row, sequence in enumerate(sequences):
+            if sequence.grammar is not None and sequence.sampling is not None:
+                generated = len(sequence.tokens) - sequence.num_prompt
+                may_end = generated >= sequence.sampling.params.min_tokens
+                sequence.grammar.fill_mask(mask, row, may_end=may_end)
         return self._upload(mask)
 
     def _upload(self, array: np.ndarray) -> Tensor:

@@ -31,15 +31,17 @@ class Saved:
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making. tokens: prompt and answer as far as the host knows it.
+    """One answer in the making.
 
-    limit: tokens at which it ends. grammar: what it must match; its next step depends on the text so far, so
-    it waits until that is read. sampling: how its tokens are drawn. prompt_scores: as prompt_logprobs of its
-    request, if this is the answer that collects them. siblings: answers to the same prompt that start from this one's memory once the
-    prompt but for its last token is computed. num_computed: tokens whose keys and states are stored.
+    key: priority, arrival, choice; the best is the lowest. tokens: prompt and answer as far as the host knows
+    it. limit: tokens at which it ends. grammar: what it must match; its next step depends on the text so far,
+    so it waits until that is read. sampling: how its tokens are drawn. prompt_scores: prompt_logprobs of its
+    request, if this is the answer that collects them. siblings: answers to the same prompt that start from
+    this one's memory, once the prompt but for its last token is computed. num_computed: tokens whose keys and
+    states are stored. in_flight: sampled tokens that are not read yet. is_suspect: a step with it failed.
     """
 
-    key: tuple[int, int, int]  # priority, arrival, choice: the best is the lowest
+    key: tuple[int, int, int]
     tokens: list[int]
     limit: int
     grammar: GrammarState | None = None

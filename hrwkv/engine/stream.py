@@ -64,7 +64,7 @@ class Request:
             return not self._pending and not self._open and self._error is None
 
     def cancel(self) -> None:
-        """End it now: what is unfinished ends with finish_reason "abort". Any time, any thread, any number."""
+        """End what is unfinished with finish_reason "abort"; from any thread, at any time, again too."""
         self._cancel(self.id)
 
     def put(self, event: Event) -> None:

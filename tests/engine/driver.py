@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hrwkv.engine.build import build_core, fit_memory, longest_context
 from hrwkv.engine.core import Job
+from hrwkv.engine.grammar import GrammarCompiler
 from hrwkv.engine.intake import Intake
 from hrwkv.engine.memory import MemorySizes
 from hrwkv.engine.request import Event, SamplingParams
@@ -89,7 +90,8 @@ class Driver:
         self.sizes = sizes or fit_memory(self.model, self.settings)
         self.core = build_core(self.model, self.settings, sizes=self.sizes, clock=lambda: self.now)
         context = longest_context(self.model, self.settings, sizes=self.sizes)
-        self.intake = Intake(tokenizer(), VOCAB, context, (2,))
+        grammars = GrammarCompiler(tokenizer(), vocab_size=VOCAB, end_ids=(2,))
+        self.intake = Intake(tokenizer(), VOCAB, context, (2,), grammars)
         self.count = 0
 
     def add(
@@ -120,7 +122,7 @@ class Driver:
         memory = self.core.scheduler.memory
         assert (memory.slots.used, memory.blocks.used) == (0, 0)
         assert memory.swap_free == self.settings.swap_bytes
-        assert not (self.core.scheduler.running or self.core.scheduler.waiting)
+        assert [*self.core.scheduler.running, *self.core.scheduler.waiting] == []
         assert self.core.num_queued == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrwkv.engine.request import SamplingParams
-from tests.builders import random_ids
-from tests.engine.driver import KINDS, Driver, Reader, greedy, greedy_alone, sizes_of
+from hrwkv.engine.request import EngineError, Grammar, SamplingParams
+from tests.builders import logits_of, random_ids
+from tests.engine.driver import KINDS, Driver, Reader, greedy, greedy_alone, model_of, sizes_of, tokenizer
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -61,7 +63,7 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @kinds
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
     """Random arrivals, cancels, priorities, forks, and a memory that only just holds the longest alone."""
@@ -109,3 +111,238 @@ def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
             else:
                 assert (event.finish_reason, event.tokens) == ("length", expected)
     driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize("swap_bytes", [10**9, 0], ids=["swapped", "recomputed"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("kind", ["hybrid", "all-attention"])
+def test_preempted_is_alone(kind: str, overlap: str, swap_bytes: int) -> None:
+    """Four answers outgrow a memory for two and a half; the last to come makes room."""
+    sizes = sizes_of(kind, slots=4, blocks=13)
+    driver = Driver(kind, sizes=sizes, overlap=overlap, swap_bytes=swap_bytes)
+    prompts = [prompt_of(5, seed) for seed in range(4)]
+    readers = [driver.add(prompt, greedy(14))[1] for prompt in prompts]
+    driver.run()
+    assert driver.core.totals.preempted > 0
+    for prompt, reader in zip(prompts, readers, strict=True):
+        assert reader.tokens() == greedy_alone(kind, tuple(prompt), 14)
+    driver.assert_nothing_held()
+
+
+@kinds
+def test_forked_answers_share_one_prefill(kind: str) -> None:
+    """Six answers in four slots: two of them wait for a copy of the prompt's memory."""
+    driver = Driver(kind, step_tokens=8, sizes=sizes_of(kind, slots=4, blocks=40))
+    prompt = prompt_of(19)
+    read = count_tokens(driver)
+    _, reader = driver.add(prompt, greedy(5, n=6))
+    driver.run()
+    assert [reader.tokens(index) for index in range(6)] == [greedy_alone(kind, tuple(prompt), 5)] * 6
+    # The prompt but for its last token once, then that token and four of the answer for each.
+    assert sum(read) == 18 + 6 * 5
+    driver.assert_nothing_held()
+
+
+SAMPLED = SamplingParams(
+    max_tokens=8, temperature=1.3, top_p=0.9, seed=7, n=2, frequency_penalty=0.5, repetition_penalty=1.2
+)
+
+
+@pytest.mark.parametrize("swap_bytes", [10**9, 0], ids=["swapped", "recomputed"])
+@pytest.mark.parametrize("kind", ["hybrid", "all-attention"])
+def test_sampled_with_a_seed_is_alone(kind: str, swap_bytes: int) -> None:
+    """Penalties count on through preemption, draws depend on the seed only, and two choices differ."""
+    alone = Driver(kind)
+    prompt = prompt_of(6)
+    _, expected = alone.add(prompt, SAMPLED)
+    alone.run()
+    assert expected.tokens(0) != expected.tokens(1)
+    driver = Driver(kind, sizes=sizes_of(kind, slots=4, blocks=9), swap_bytes=swap_bytes, overlap="on")
+    for seed in range(2):
+        driver.add(prompt_of(7, seed), SamplingParams(max_tokens=9, seed=seed))
+    _, found = driver.add(prompt, SAMPLED)
+    driver.run()
+    assert driver.core.totals.preempted > 0
+    assert [found.tokens(index) for index in (0, 1)] == [expected.tokens(index) for index in (0, 1)]
+
+
+def test_a_higher_priority_goes_first_and_takes_the_room() -> None:
+    driver = Driver("hybrid", sizes=sizes_of("hybrid", slots=1, blocks=20))
+    low_prompt, high_prompt = prompt_of(5), prompt_of(6)
+    _, low = driver.add(low_prompt, greedy(10), priority=1)
+    for _ in range(3):
+        driver.core.step()
+    _, high = driver.add(high_prompt, greedy(4), priority=0)
+    _, later = driver.add(high_prompt, greedy(4), priority=1)
+    while 0 not in high.events or high.reason() is None:
+        driver.core.step()
+    assert low.reason() is None
+    driver.run()
+    assert driver.core.totals.preempted == 1
+    assert high.tokens() == later.tokens() == greedy_alone("hybrid", tuple(high_prompt), 4)
+    assert low.tokens() == greedy_alone("hybrid", tuple(low_prompt), 10)
+
+
+def test_a_deadline_ends_what_waits_and_what_runs() -> None:
+    driver = Driver("hybrid", sizes=sizes_of("hybrid", slots=1, blocks=20))
+    prompt = prompt_of(5)
+    _, runs = driver.add(prompt, greedy(20), deadline=2.5)
+    _, waits = driver.add(prompt, greedy(20), deadline=1.5)
+    _, free = driver.add(prompt, greedy(3))
+    while driver.core.has_work:
+        driver.core.step()
+        driver.now += 1
+    assert (runs.reason(), waits.reason(), free.reason()) == ("abort", "abort", "length")
+    assert waits.tokens() == ()
+    assert runs.tokens() == greedy_alone("hybrid", tuple(prompt), 3)  # steps at 0, 1 and 2
+    driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_end_tokens_stop_texts_and_what_they_leave(overlap: str) -> None:
+    prompt = prompt_of(6)
+    answer = greedy_alone("hybrid", tuple(prompt), 9)
+    assert answer[4] not in answer[:4]
+    text = tokenizer().decode([answer[4]])
+    driver = Driver("hybrid", overlap=overlap)
+    cases = {
+        "token": greedy(9, stop_token_ids=(answer[4],)),
+        "kept": greedy(9, stop_token_ids=(answer[4],), include_stop=True),
+        "text": greedy(9, stop=(text,)),
+        "late": greedy(9, stop=(text,), min_tokens=5),
+    }
+    readers = {name: driver.add(prompt, params)[1] for name, params in cases.items()}
+    driver.run()
+    found = {name: (r.tokens(), r.reason(), r.events[0].stop_reason) for name, r in readers.items()}
+    assert found == {
+        "token": (answer[:4], "stop", answer[4]),
+        "kept": (answer[:5], "stop", answer[4]),
+        "text": (answer[:4], "stop", text),
+        "late": (answer, "length", None) if answer[4] not in answer[5:] else found["late"],
+    }
+    driver.assert_nothing_held()
+
+
+@kinds
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_log_probabilities_are_those_of_one_forward(kind: str, overlap: str) -> None:
+    driver = Driver(kind, step_tokens=5, overlap=overlap)
+    prompt = prompt_of(13)
+    _, reader = driver.add(prompt, greedy(4, logprobs=2, prompt_logprobs=1, n=2))
+    driver.add(prompt_of(9), greedy(9, logprobs=5))
+    driver.run()
+    ids = torch.tensor([*prompt, *reader.tokens()])
+    expected = logits_of(model_of(kind), ids, [len(ids)]).log_softmax(-1)
+    for event in reader.events.values():
+        assert event.prompt_logprobs is not None
+        assert (event.prompt_logprobs[0].token, event.prompt_logprobs[0].logprob) == (prompt[0], None)
+        scored = (*event.prompt_logprobs[1:], *event.logprobs)
+        assert [each.token for each in scored] == ids[1:].tolist()
+        assert [len(each.top) for each in scored] == [1] * 12 + [2] * 4
+        for row, each in zip(expected, scored, strict=False):
+            top = row.topk(2)
+            assert each.logprob == pytest.approx(float(row[each.token]), abs=1e-4)
+            for (token, value), best, index in zip(each.top, top.values, top.indices, strict=False):
+                assert token == int(index)
+                assert value == pytest.approx(float(best), abs=1e-4)
+
+
+def test_a_grammar_holds_in_a_batch_and_ends_the_answer() -> None:
+    pytest.importorskip("llguidance")
+    driver = Driver("hybrid", overlap="on")
+    params = SamplingParams(max_tokens=20, seed=1, grammar=Grammar("regex", "[A-C]{3}[0-9]"))
+    others = [driver.add(prompt_of(5, seed), greedy(8))[1] for seed in range(2)]
+    _, reader = driver.add(prompt_of(6), params)
+    driver.run()
+    assert re.fullmatch("[A-C]{3}[0-9]", reader.events[0].text)
+    assert reader.reason() == "stop"
+    for seed, other in enumerate(others):
+        assert other.tokens() == greedy_alone("hybrid", tuple(prompt_of(5, seed)), 8)
+
+
+class Fault:
+    """Makes the model raise in a step whose packed tokens it is told about."""
+
+    def __init__(self, driver: Driver, fails: Callable[[list[int]], bool], error: Exception) -> None:
+        self.count = 0
+
+        def check(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            if fails(arguments[0].tolist()):
+                self.count += 1
+                raise error
+
+        self.hook = driver.model.register_forward_pre_hook(check)
+
+
+@pytest.fixture
+def fault() -> Iterator[Callable[..., Fault]]:
+    made: list[Fault] = []
+
+    def make(*arguments: Any) -> Fault:
+        made.append(Fault(*arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.hook.remove()
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("late", [False, True], ids=["in-its-prompt", "in-its-answer"])
+def test_one_poisoned_request_fails_alone(fault: Callable[..., Fault], overlap: str, late: bool) -> None:
+    driver = Driver("hybrid", overlap=overlap)
+    prompts = [prompt_of(5, seed) for seed in range(3)]
+    others = [greedy_alone("hybrid", tuple(prompts[index]), 6) for index in (0, 2)]
+    spared = {*prompts[0], *prompts[2], *others[0], *others[1]}
+    candidates = greedy_alone("hybrid", tuple(prompts[1]), 5) if late else prompts[1]
+    poison = next(token for token in candidates if token not in spared)
+    made = fault(driver, lambda tokens: poison in tokens, RuntimeError("poisoned\nby a test"))
+    readers = [driver.add(prompt, greedy(6))[1] for prompt in prompts]
+    driver.run()
+    assert made.count >= 2
+    assert isinstance(readers[1].error, EngineError)
+    assert str(readers[1].error) == "the model failed on this request (RuntimeError: poisoned)"
+    assert [readers[0].tokens(), readers[2].tokens()] == others
+    driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_out_of_memory_in_large_steps_costs_only_time(fault: Callable[..., Fault], overlap: str) -> None:
+    driver = Driver("hybrid", overlap=overlap)
+    made = fault(driver, lambda tokens: len(tokens) > 12, torch.OutOfMemoryError("injected"))
+    prompts = [prompt_of(7, seed) for seed in range(4)]
+    readers = [driver.add(prompt, greedy(6, n=2))[1] for prompt in prompts]
+    driver.run()
+    assert made.count > 0
+    for prompt, reader in zip(prompts, readers, strict=True):
+        assert reader.error is None
+        assert [reader.tokens(i) for i in (0, 1)] == [greedy_alone("hybrid", tuple(prompt), 6)] * 2
+    driver.assert_nothing_held()
+
+
+def test_a_failed_text_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver("hybrid")
+    prompts = [prompt_of(5, seed) for seed in range(2)]
+    (first, second) = (driver.add(prompt, greedy(6))[1] for prompt in prompts)
+    bad = next(iter(driver.core.scheduler.waiting))
+    _, choice = driver.core._owners[bad]
+    monkeypatch.setattr(choice.text, "add", lambda token: 1 // 0)
+    driver.run()
+    assert isinstance(first.error, EngineError)
+    assert second.tokens() == greedy_alone("hybrid", tuple(prompts[1]), 6)
+    driver.assert_nothing_held()
+
+
+def count_tokens(driver: Driver) -> list[int]:
+    """The numbers of tokens of the forwards to come."""
+    counts: list[int] = []
+    original = driver.core.scheduler.schedule
+
+    def schedule() -> Any:
+        plan = original()
+        counts.append(plan.num_tokens)
+        assert plan.num_tokens <= driver.settings.step_tokens
+        return plan
+
+    driver.core.scheduler.schedule = schedule  # type: ignore[method-assign]
+    return counts
