@@ -7,6 +7,7 @@ tokenised afresh, so it does not matter which tokens the model wrote its tags wi
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,9 @@ from hrwkv.engine.request import Event, SamplingParams, Usage
 from hrwkv.server.errors import refusing
 from hrwkv.server.service import Answer, Service
 from hrwkv.server.template import Rendered, closing
+
+# A request whose time is over still needs some to be told so.
+SOON = 0.001
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class ReasonedAnswer:
 
     def __init__(self, service: Service, plan: Plan, *, first: Answer) -> None:
         self._service, self._plan, self._request = service, plan, first
-        self._cancelled = False
+        self._cancelled, self._started = False, time.monotonic()
 
     def cancel(self) -> None:
         """Drop whichever request runs, and start no other."""
@@ -97,7 +101,10 @@ class ReasonedAnswer:
         least = plan.params.min_tokens if rest is None else min(plan.params.min_tokens, rest)
         params = replace(plan.params, max_tokens=rest, min_tokens=least)
         # Before requests that have not begun: its reader is already reading.
-        self._request = await self._service.submit(prompt, params, priority=plan.priority - 1)
+        left = self._service.settings.request_seconds - (time.monotonic() - self._started)
+        self._request = await self._service.submit(
+            prompt, params, priority=plan.priority - 1, seconds=max(left, SOON)
+        )
         if self._cancelled:
             self._request.cancel()
         async for event in self._request:

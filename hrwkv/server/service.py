@@ -122,16 +122,22 @@ class Service:
         """The text of some tokens, special ones included."""
         return await self.in_thread(lambda: str(self.tokenizer.decode(list(tokens))))
 
-    async def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Answer:
-        """A prompt into the engine's line.
+    async def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        seconds: float | None = None,
+    ) -> Answer:
+        """A prompt into the engine's line; seconds: that it has, None: those of a whole request.
 
         Raises ApiError 400 for what does not fit, QueueFullError and EngineError.
         """
         self.check_length(len(prompt))
-        submit = partial(
-            self.engine.submit, prompt, params, priority=priority, deadline=self.settings.request_seconds
-        )
-        with refusing("prompt"):
+        deadline = self.settings.request_seconds if seconds is None else seconds
+        submit = partial(self.engine.submit, prompt, params, priority=priority, deadline=deadline)
+        with refusing():
             # Making a grammar may take long, and other threads than the tokenizer's may wait for it.
             return submit() if params.grammar is None else await asyncio.to_thread(submit)
 

@@ -95,6 +95,8 @@ def test_a_form_holds_for_the_answer_only() -> None:
     assert (message["reasoning_content"], message["content"]) == ("why", "{}")
     # Its reader is reading already, so it goes before requests that have not begun.
     assert [request.options["priority"] for request in engine.requests] == [0, -1]
+    first, second = (request.options["deadline"] for request in engine.requests)
+    assert 0 < second < first == 600
 
 
 def test_without_thinking_a_form_needs_one_request() -> None:
