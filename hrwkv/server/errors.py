@@ -30,6 +30,8 @@ TYPES = {
     503: "service_unavailable_error",
 }
 RETRY_SECONDS = "1"
+# A client's own text comes back in some messages; no more of it than a line holds.
+MAX_MESSAGE, MAX_NAME = 500, 60
 
 
 class ApiError(HTTPException):
@@ -41,7 +43,8 @@ class ApiError(HTTPException):
         headers = {"Retry-After": RETRY_SECONDS} if status in (429, 503) else {}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        super().__init__(status, message, headers)
+        short = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        super().__init__(status, short, headers)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
@@ -159,6 +162,7 @@ def _complaint(error: Mapping[str, Any]) -> str:
 
 def unknown_field(name: str, known: Sequence[str]) -> ApiError:
     """A field that would change the answer's meaning and is not supported."""
+    name = name[:MAX_NAME]
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "leave it out"
     return ApiError(400, f"field {name!r} is not supported: {hint}", param=name, code="unsupported_field")

@@ -83,6 +83,13 @@ def test_what_is_far_too_long_is_refused_unread(monkeypatch: pytest.MonkeyPatch)
     assert (response.status_code, "prompt has 4001 characters" in response.text) == (400, True)
 
 
+@pytest.mark.parametrize("fields", [{"a" * 10**6: 1}, {"model": "a" * 10**6}, {"stop": ["a" * 10**5] * 17}])
+def test_a_refusal_is_short(fields: dict[str, Any]) -> None:
+    response = ask(fake_app(engine()), COMPLETIONS, {"prompt": "a"} | fields)
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 700
+
+
 def test_other_origins_are_let_in_only_by_name() -> None:
     asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     for origins, expected in (((), None), (("https://a.example",), "https://a.example")):
