@@ -18,6 +18,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import os
 import platform
 import random
 import re
@@ -450,7 +451,7 @@ def main() -> int:
         print(f"{count:6} x {reason}")
     for fault in result["faults"]:
         print(fault)
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.processor()}
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
     print(json.dumps({**machine, **result}))
     return 0 if all(row[-1] for row in rows) else 1
 
