@@ -13,6 +13,9 @@ from hrwkv.engine.request import Grammar, SamplingParams
 from hrwkv.server.errors import ApiError, refusing
 from hrwkv.server.schemas import ChatRequest, CompletionRequest, Sampling
 
+# Characters. Making a mask of a larger one takes minutes.
+MAX_GRAMMAR = 2**17
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -138,6 +141,10 @@ def _grammar(body: Sampling) -> Grammar | None:
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         raise ApiError(400, f"{names} are both given, expected one of them", param=found[1][0])
+    for name, grammar in found:
+        if len(grammar.text) > MAX_GRAMMAR:
+            message = f"{name} has {len(grammar.text)} characters, expected at most {MAX_GRAMMAR}"
+            raise ApiError(400, message, param=name)
     return found[0][1] if found else None
 
 

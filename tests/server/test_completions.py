@@ -173,6 +173,7 @@ def test_null_is_the_same_as_leaving_out() -> None:
         ({"prompt": "a" * 200}, "the prompt has 200 tokens"),
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
         ({"prompt": "a", "guided_regex": "a", "response_format": {"type": "json_object"}}, "both given"),
+        ({"prompt": "a", "guided_regex": "a" * (2**17 + 1)}, "guided_regex has 131073 characters"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "without a json_schema"),
     ],
 )
