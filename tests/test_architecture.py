@@ -46,7 +46,7 @@ KERNEL_LIBRARIES = {"hrwkv", "torch", "triton"}
 # What a whole unit is made of, though it is no base dependency: nothing imports the unit without it.
 UNIT_LIBRARIES = {
     "kernels": {"triton"},
-    "server": {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"},
+    "server": {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"},
 }
 # The one place that reads a variable: an API key's, whose name is a flag.
 ENVIRONMENT_READER = "hrwkv/cli/serve.py"
