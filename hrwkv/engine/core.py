@@ -8,6 +8,7 @@ alone until each has its next token. The one that fails alone is at fault, and o
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,7 @@ class Job:
     choices: list[Choice]
     sink: Sink
     arrived: float
-    deadline: float | None = None
+    deadline: float = math.inf
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_generated: int = 0
     has_started: bool = False
@@ -104,6 +105,7 @@ class EngineCore:
         self._jobs: dict[int, Job] = {}
         self._owners: dict[Sequence, tuple[Job, Choice]] = {}
         self._pending: Step | None = None
+        self._soonest = math.inf  # no deadline is earlier
         self.num_queued = 0
 
     @property
@@ -114,6 +116,7 @@ class EngineCore:
     def add(self, job: Job) -> None:
         """Into the line with a request that fits (``Intake`` checks that)."""
         self._jobs[job.number] = job
+        self._soonest = min(self._soonest, job.deadline)
         self.num_queued += 1
         siblings = job.choices[0].sequence.siblings
         for choice in job.choices:
@@ -161,9 +164,11 @@ class EngineCore:
 
     def _abort_late(self) -> None:
         now = self._clock()
-        late = [job for job in self._jobs.values() if job.deadline is not None and job.deadline <= now]
-        for job in late:
+        if now < self._soonest:
+            return
+        for job in [job for job in self._jobs.values() if job.deadline <= now]:
             self.abort(job.number)
+        self._soonest = min((job.deadline for job in self._jobs.values()), default=math.inf)
 
     def _count(self, plan: Plan) -> None:
         self.totals.preempted += plan.num_preempted
@@ -196,7 +201,6 @@ class EngineCore:
             if each.sequence.is_finished:  # it ended while this step was on its way
                 continue
             job, choice = self._owners[each.sequence]
-            each.sequence.is_suspect = False
             self.scheduler.append(each.sequence, each.token)
             try:
                 self._deliver(job, choice, each, now)
@@ -209,10 +213,9 @@ class EngineCore:
         """Put back all that ran, as suspects; fail the request of a suspect that failed alone."""
         logger.error("a step of %d sequences failed: %s", len(plan.pieces), describe(error))
         self._runner.recover()
-        blamed = [piece.sequence for piece in plan.pieces if piece.sequence.is_suspect]
+        blamed = [piece.sequence for piece in plan.pieces if piece.sequence in self.scheduler.suspects]
         for sequence in self.scheduler.doubtful():
             self.scheduler.restart(sequence)
-            sequence.is_suspect = True
         for sequence in blamed:
             if sequence in self._owners:
                 failure = EngineError(f"the model failed on this request ({describe(error)})")

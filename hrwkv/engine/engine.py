@@ -160,7 +160,8 @@ class Engine:
         request = Request(number, params.n, cancel=self._cancel)
         # Outside the lock: a grammar may take a while to compile.
         job = self._intake.job(prompt, params, priority=priority, number=number, sink=request, now=now)
-        job.deadline = None if deadline is None else now + deadline
+        if deadline is not None:
+            job.deadline = now + deadline
         with self._changed:
             self._check_open()
             self._arriving.append(job)

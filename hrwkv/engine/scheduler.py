@@ -38,7 +38,7 @@ class Sequence:
     so it waits until that is read. sampling: how its tokens are drawn. prompt_scores: prompt_logprobs of its
     request, if this is the answer that collects them. siblings: answers to the same prompt that start from
     this one's memory, once the prompt but for its last token is computed. num_computed: tokens whose keys and
-    states are stored. in_flight: sampled tokens that are not read yet. is_suspect: a step with it failed.
+    states are stored. in_flight: sampled tokens that are not read yet.
     """
 
     key: tuple[int, int, int]
@@ -54,7 +54,6 @@ class Sequence:
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     saved: Saved | None = None
-    is_suspect: bool = False
     is_finished: bool = False
 
     def __post_init__(self) -> None:
@@ -143,12 +142,16 @@ class Plan:
 
 
 class Scheduler:
-    """The waiting line, the running sequences, and the memory that they hold."""
+    """The waiting line, the running sequences, and the memory that they hold.
+
+    suspects: sequences of a step that failed, until each has got one token further.
+    """
 
     def __init__(self, memory: Memory, *, step_tokens: int) -> None:
         self.memory, self.step_tokens = memory, step_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.suspects: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Into the line, behind its betters."""
@@ -157,7 +160,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Decide on one step. After a failure the suspects run alone, one after the other, until cleared."""
         plan = Plan()
-        suspect = next((one for one in (*self.running, *self.waiting) if one.is_suspect), None)
+        suspect = self.suspects[0] if self.suspects else None
         for sequence in self.running.copy():
             if sequence.siblings and not sequence.remaining:
                 self._fork(sequence, plan)
@@ -166,7 +169,9 @@ class Scheduler:
         return plan
 
     def append(self, sequence: Sequence, token: int) -> None:
-        """A sampled token was read."""
+        """A sampled token was read; a suspect that got so far is none any more."""
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
         sequence.tokens.append(token)
         sequence.in_flight -= 1
 
@@ -182,15 +187,18 @@ class Scheduler:
         return [*self.running, *dict.fromkeys([*unsaved, *unread])]
 
     def restart(self, sequence: Sequence) -> None:
-        """Back into the line with nothing computed and nothing in flight: its memory cannot be trusted."""
+        """A step with it failed: back into the line as a suspect, with nothing computed or in flight."""
         self._leave(sequence)
         sequence.num_computed = sequence.in_flight = 0
+        self.suspects.append(sequence)
         self.add(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        for line in (self.running, self.waiting):
-            if sequence in line:
-                line.remove(sequence)
+        line = self.waiting if sequence.slot is None else self.running
+        if sequence in line:  # siblings that have not started are in none
+            line.remove(sequence)
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
         self._free(sequence)
         self._drop_saved(sequence)
 
@@ -224,18 +232,18 @@ class Scheduler:
         return True
 
     def _admit(self, plan: Plan, suspect: Sequence | None) -> None:
-        """Bring in the best of the line while this step has tokens and the memory has room for them."""
-        ready = [one for one in self.running if one.is_ready]
-        budget = self.step_tokens - sum(one.remaining for one in ready)
-        while self.waiting and budget > 0:
+        """Bring in the best of the line while their betters leave tokens of this step and memory has room."""
+        while self.waiting:
             sequence = suspect or self.waiting[0]
+            ahead = [one.remaining for one in self.running if one.is_ready and one.key < sequence.key]
+            if sum(ahead) >= self.step_tokens:
+                return
             # What is in flight has no place to be read from once its sequence was put aside.
             if sequence.slot is not None or sequence.in_flight or not self._make_room(sequence, plan):
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self._seat(sequence, plan)
-            budget -= sequence.remaining
 
     def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
         """True if it fits, after putting aside those of a lower priority if that is what it takes."""
@@ -244,7 +252,7 @@ class Scheduler:
         victims = []
         while not (slots and blocks >= memory.blocks_for(sequence.length) + self._about_to_take(kept)):
             # A suspect runs alone, so nobody else would ever make room.
-            if not kept or not (sequence.is_suspect or kept[-1].key[0] > sequence.key[0]):
+            if not kept or not (sequence in self.suspects or kept[-1].key[0] > sequence.key[0]):
                 return False
             victims.append(kept.pop())
             slots, blocks = slots + 1, blocks + memory.blocks.num_unshared(victims[-1].blocks)

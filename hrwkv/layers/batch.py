@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ class TokenBatch:
         positions = torch.arange(int(counts.sum()), dtype=torch.int64) - starts
         cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
         return cls(positions=positions.to(device), cu_seqlens=cu_seqlens.to(device), lengths=lengths)
+
+    @property
+    def num_single(self) -> int:
+        """How many sequences at the beginning bring exactly one token each."""
+        return sum(1 for _ in takewhile(lambda length: length == 1, self.lengths))
 
     @property
     def is_decode(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
-from hrwkv.kernels.wkv7 import mixer_decode, wkv7
+from hrwkv.kernels.wkv7 import mixer_decode, wkv7, wkv7_decode
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope, low_rank
 
@@ -193,9 +193,23 @@ class TimeMix(nn.Module):
 
 def _recur(mixed: Mixed, batch: TokenBatch, state: Tensor | None) -> Tensor:
     """The recurrence (11) over whole sequences, or over pieces that go on from the pool: o [T, H, K]."""
-    before = None if state is None else state[batch.state_slots]
-    o, after = wkv7(*mixed, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths, initial_state=before)
-    if state is not None:
-        # A pool with a graph would keep every earlier piece alive.
-        state[batch.state_slots] = after.detach().to(state.dtype)
-    return o
+    if state is None:
+        o, _ = wkv7(*mixed, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        return o
+    assert batch.state_slots is not None
+    # Next tokens beside prompts: a step in place moves a state twice, a chunk with its copies six times.
+    num = 0 if torch.is_grad_enabled() else batch.num_single
+    slots = batch.state_slots[num:]
+    first = [x[:num] for x in mixed]
+    stepped = wkv7_decode(*first, state=state, state_slots=batch.state_slots[:num]) if num else None
+    if stepped is not None and num == len(mixed.r):
+        return stepped
+    o, after = wkv7(
+        *(x[num:] for x in mixed),
+        cu_seqlens=batch.cu_seqlens[num:] - num,
+        lengths=batch.lengths[num:],
+        initial_state=state[slots],
+    )
+    # A pool with a graph would keep every earlier piece alive.
+    state[slots] = after.detach().to(state.dtype)
+    return o if stepped is None else torch.cat([stepped, o])

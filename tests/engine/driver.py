@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ class Driver:
         job: Job = self.intake.job(
             prompt, params, priority=priority, number=self.count, sink=reader, now=self.now
         )
-        job.deadline = deadline
+        job.deadline = math.inf if deadline is None else deadline
         self.core.add(job)
         return self.count, reader
 

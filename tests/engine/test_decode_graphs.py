@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from hrwkv.engine.build import fit_memory
 from hrwkv.engine.decode_graphs import DecodeGraphs, batch_sizes, decode, padded_inputs
 from hrwkv.engine.runner import UNREAD, Places
+from hrwkv.layers.batch import TokenBatch
 from hrwkv.model.cache import HybridCache
+from hrwkv.settings import EngineSettings
 from tests.builders import cached_batch, hybrid_model, random_ids
+from tests.engine.driver import Driver, greedy
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 64, 100, 256])
@@ -79,6 +85,34 @@ def test_the_recorded_function_is_a_decode_step() -> None:
     torch.testing.assert_close(found, expected)
     for first, second in zip(caches[0].state, caches[1].state, strict=True):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("when", ["startup", "lazy", "off"])
+def test_recorded_steps_on_a_gpu_give_the_answers_alone(when: str) -> None:
+    """Batches of changing size, prompts between them, preemption, forks; one step ahead of the host."""
+    model = hybrid_model((2,), head_dim=32, eos_token_id=None).cuda()
+    sizes = fit_memory(model, EngineSettings(max_sequences=6, block_size=4, cache_bytes=10**6))
+    driver = Driver(
+        model=model,
+        sizes=replace(sizes, slots=6, blocks=24),
+        max_sequences=6,
+        device="cuda",
+        cuda_graphs=when,
+    )
+    prompts = [random_ids(length, seed=length).tolist() for length in (3, 9, 14, 5)]
+    readers = [driver.add(prompt, greedy(12, n=2))[1] for prompt in prompts]
+    driver.run()
+    assert driver.core.totals.preempted > 0
+    for prompt, reader in zip(prompts, readers, strict=True):
+        ids = torch.tensor(prompt, device="cuda")
+        for _ in range(12):
+            batch = TokenBatch.from_lengths([len(ids)], device="cuda")
+            with torch.no_grad():
+                last = model.compute_logits(model(ids, batch)[-1:])
+            ids = torch.cat([ids, last.argmax(-1)])
+        assert [reader.tokens(index) for index in (0, 1)] == [tuple(ids[len(prompt) :].tolist())] * 2
+    driver.assert_nothing_held()
 
 
 def test_without_a_gpu_nothing_is_recorded() -> None:

@@ -95,6 +95,7 @@ def paged_attention(
     outputs = []
     for run in _runs(lengths, few=_FEW if q.is_cuda else 1):
         first, last = sum(lengths[: run.start]), sum(lengths[: run.stop])
+        bounds = cu_seqlens[run.start : run.stop + 1]
         tables = block_tables[run]
         if contexts is not None:
             tables = tables[:, : -(-max(contexts[run], default=0) // k_cache.shape[1])]
@@ -103,7 +104,7 @@ def paged_attention(
                 q[first:last],
                 k_cache,
                 v_cache,
-                cu_seqlens=cu_seqlens[run.start : run.stop + 1] - first,
+                cu_seqlens=bounds - first if first else bounds,  # a decode step launches nothing for this
                 lengths=lengths[run],
                 block_tables=tables,
                 context_lens=context_lens[run],

@@ -74,12 +74,19 @@ def test_later_tokens_do_not_change_earlier_ones():
 @pytest.mark.parametrize("starts", [None, (2, 0, 5)], ids=["from-0", "left-padded"])
 @pytest.mark.parametrize(
     ("lengths", "context_lens"),
-    [((1, 1, 1), (9, 1, 16)), ((7, 1, 3), (7, 9, 16)), ((4, 4, 4), (4, 9, 13)), ((5, 0, 2), (6, 3, 8))],
-    ids=["decode", "mixed", "equal", "empty-one"],
+    [
+        ((1, 1, 1), (9, 1, 16)),
+        ((7, 1, 3), (7, 9, 16)),
+        ((1, 1, 9), (16, 3, 11)),
+        ((4, 4, 4), (4, 9, 13)),
+        ((5, 0, 2), (6, 3, 8)),
+    ],
+    ids=["decode", "mixed", "decode-and-prompt", "equal", "empty-one"],
 )
-def test_paged_equals_naive(lengths, context_lens, starts):
+@pytest.mark.parametrize("on_host", [False, True], ids=["", "contexts"])
+def test_paged_equals_naive(lengths, context_lens, starts, on_host):
     q, k_cache, v_cache, indices = make_paged(lengths, context_lens, starts=starts)
-    found = paged_attention(q, k_cache, v_cache, **indices)
+    found = paged_attention(q, k_cache, v_cache, contexts=context_lens if on_host else None, **indices)
     torch.testing.assert_close(found, naive.paged_attention(q, k_cache, v_cache, **indices), **FP32)
 
 

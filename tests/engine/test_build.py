@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from hrwkv.engine.build import build_core, fit_memory, longest_context
+from hrwkv.settings import EngineSettings
+from tests.engine.driver import model_of, sizes_of
+
+SETTINGS = EngineSettings(device="cpu", max_sequences=3, block_size=4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "max_context", "expected"), [(100, None, 64), (100, 20, 20), (4, None, 17), (100, 200, 200)]
+)
+def test_the_longest_context_is_the_settings_or_what_fits(
+    blocks: int, max_context: int | None, expected: int
+) -> None:
+    """Rotary angles are computed for any position, so a setting may go past the model's own maximum."""
+    settings = EngineSettings(device="cpu", max_context=max_context)
+    sizes = sizes_of("hybrid", slots=1, blocks=blocks)
+    assert longest_context(model_of("hybrid"), settings, sizes=sizes) == expected
+
+
+def test_without_attention_only_the_setting_counts() -> None:
+    sizes = sizes_of("all-linear", slots=1, blocks=0)
+    assert longest_context(model_of("all-linear"), SETTINGS, sizes=sizes) == 64
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "all-linear", "all-attention"])
+def test_the_bytes_that_were_counted_are_those_that_are_taken(kind: str) -> None:
+    model = model_of(kind)
+    sizes = fit_memory(model, SETTINGS)
+    cache = build_core(model, SETTINGS, sizes=sizes)._runner._cache
+    assert sum(state.nbytes for state in cache.state) == sizes.slots * sizes.slot_bytes
+    blocks = (*cache.k_cache, *cache.v_cache)
+    assert sum(block.nbytes for block in blocks) == sizes.blocks * sizes.block_bytes
+
+
+def test_a_state_in_bf16_needs_a_gpu() -> None:
+    settings = EngineSettings(device="cpu", state_dtype="bfloat16")
+    with pytest.raises(ValueError, match="state_dtype is bfloat16, expected float32 without a GPU"):
+        build_core(model_of("hybrid"), settings, sizes=sizes_of("hybrid", slots=1, blocks=1))
