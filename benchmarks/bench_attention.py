@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hrwkv.kernels.attention import naive, paged, sdpa, varlen_attention
+from hrwkv.kernels.rates import copy_rate
 
 HEADS, KV_HEADS, BLOCK_SIZE = 64, 8, 64
 COLUMNS = ("part", "shape", "form", "ms", "ratio", "floor_ms", "of_floor", "error")

@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from timing import copy_rate
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hrwkv.kernels.mix import naive as mix_naive
 from hrwkv.kernels.mix.naive import Form, Rows, Weights
+from hrwkv.kernels.rates import copy_rate
 from hrwkv.kernels.wkv7 import naive
 
 FORM = Form("gated", "log_log", 1e-6)

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 import triton
-from timing import copy_rate, median_ms
+from timing import median_ms
 from torch import Tensor
 
 from hrwkv.kernels.mix import fused_finish, fused_mix, naive
 from hrwkv.kernels.mix.naive import Form, Mixed, Rows, Weights
+from hrwkv.kernels.rates import copy_rate
 
 FORM = Form(value_residual="gated", key_scale="log_log", norm_eps=1e-6)
 COLUMNS = (

@@ -29,12 +29,12 @@ from itertools import chain
 
 import torch
 from bench_decode import FORM, Case, Layer, attempt, double, graph_ms, make_layer, make_layers, torch_mixer
-from timing import copy_rate
 from torch import Tensor
 
 from hrwkv.kernels import wkv7 as recurrence
 from hrwkv.kernels.mix import finish, mix
 from hrwkv.kernels.mix import naive as torch_mix
+from hrwkv.kernels.rates import copy_rate
 from hrwkv.kernels.wkv7 import chunk_torch
 
 # Norm of the error by norm of the exact tensor. bf16 rounds by 2e-3 again and again: what the recurrence

@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 from fla_tuning import VARIANTS, compile_ahead, limit, load
-from timing import copy_rate, median_ms
+from timing import median_ms
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from hrwkv.kernels.rates import copy_rate
 from hrwkv.kernels.wkv7 import naive, wkv7
 
 OURS = "hrwkv"

@@ -12,7 +12,19 @@ from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
-from hrwkv.cli import adapter, convert, demo, distill, evaluate, generate, inspect, published, serve
+from hrwkv.cli import (
+    adapter,
+    bench,
+    chat,
+    convert,
+    demo,
+    distill,
+    evaluate,
+    generate,
+    inspect,
+    published,
+    serve,
+)
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -31,9 +43,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "distill": (distill.distill, distill.EXAMPLES),
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
-    "generate": (generate.generate, generate.GENERATE_EXAMPLES),
-    "chat": (generate.chat, generate.CHAT_EXAMPLES),
+    "generate": (generate.generate, generate.EXAMPLES),
+    "chat": (chat.chat, chat.EXAMPLES),
     "serve": (serve.serve, serve.EXAMPLES),
+    "bench": (bench.bench, bench.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }
 

@@ -68,6 +68,11 @@ class Display:
         """One line of text, never read as markup."""
         self.console.print(Text(text, style=style))
 
+    def piece(self, text: str, style: str = "") -> None:
+        """Text that goes on where the last piece ended, at once."""
+        self.console.print(Text(text, style=style), end="")
+        self.console.file.flush()
+
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """A titled step; says how long it took."""

@@ -1,32 +1,25 @@
-"""``hrwkv generate`` and ``hrwkv chat``: text from any model directory, streamed as it comes."""
+"""``hrwkv generate``: text from any model directory, streamed as it comes."""
 
 from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from hrwkv.cli.display import Display
 from hrwkv.cli.loading import open_writer
 
 if TYPE_CHECKING:
     from hrwkv.model.generate import Sampling
 
-GENERATE_EXAMPLES = """
+EXAMPLES = """
 hrwkv generate run/stage2 --prompt "def main():" --max-tokens 100
 hrwkv generate run/stage2 --prompt-file question.txt --temperature 0.8 --top-p 0.9 --seed 1
 """
-CHAT_EXAMPLES = """
-hrwkv chat run/stage2
-hrwkv chat run/stage2 --system "Answer briefly." --temperature 0
-hrwkv chat reka-hybrid --no-reasoning
-"""
-# The name of the tokenizer's template for answers without reasoning, beside "default".
-NO_REASONING = "no_reasoning"
 
 
 @dataclass(frozen=True)
@@ -69,38 +62,24 @@ def generate(
         raise ValueError("the prompt is empty: give at least one character")
     writer = Writer.open(model, settings)
     sys.stdout.write(text)
-    writer.stream(writer.tokenizer(text)["input_ids"])
+    for piece in writer.answer(writer.tokenizer(text)["input_ids"]):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def chat(
-    model: Annotated[Path, Parameter(help="Directory of a model whose tokenizer has a chat template.")],
-    /,
-    *,
-    system: Annotated[str | None, Parameter(help="Instruction before the conversation.")] = None,
-    no_reasoning: Annotated[bool, Parameter(help="Answer at once, without reasoning.", negative=())] = False,
-    settings: Annotated[SamplingSettings, Parameter(name="*", group="Sampling")] = SamplingSettings(),  # noqa: B008 (frozen)
-) -> None:
-    """Talk with a model; /reset forgets the conversation, /exit or Ctrl-D ends it."""
-    writer = Writer.open(model, settings)
-    template = _chat_template(writer.tokenizer, model, no_reasoning=no_reasoning)
-    display = Display()
-    display.line("Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.", "dim")
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    while (text := _ask()) not in (None, "/exit"):
-        if text == "/reset":
-            messages = list(start)
-            continue
-        messages.append({"role": "user", "content": text})
-        ids = _prompt(writer.tokenizer, messages, template)
-        messages.append({"role": "assistant", "content": writer.stream(ids)})
-        sys.stdout.write("\n")
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer, whether it is reasoning, and the tokens of the answer up to here."""
+
+    text: str
+    num_tokens: int
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes to stdout."""
+    """A model of a directory, with how it is to write."""
 
     model: Any
     tokenizer: Any
@@ -129,61 +108,26 @@ class Writer:
         )
         return cls(model, tokenizer, sampling)
 
-    def stream(self, ids: list[int]) -> str:
-        """Write the continuation of ``ids`` to stdout as it comes, and return it."""
-        from hrwkv.model.generate import stream_text
+    def answer(self, ids: list[int], *, attempt: int = 0) -> Iterator[Piece]:
+        """The continuation of ``ids`` as it comes; another ``attempt`` draws other tokens."""
+        from hrwkv.model.generate import read_text, stream_tokens
 
-        pieces = []
-        for piece in stream_text(self.model, self.tokenizer, ids, sampling=self.sampling):
-            pieces.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        return "".join(pieces)
+        sampling = replace(self.sampling, seed=self.sampling.seed + attempt)
+        count = 0
 
+        def counted() -> Iterator[int]:
+            nonlocal count
+            for token in stream_tokens(self.model, ids, sampling=sampling):
+                count += 1
+                yield token
 
-def _chat_template(tokenizer: Any, model: Path, *, no_reasoning: bool) -> str:
-    """The template to talk with. Raises ValueError if the tokenizer has none of that name."""
-    own = tokenizer.chat_template
-    templates = own if isinstance(own, dict) else {"default": own}
-    template: str | None = templates.get(NO_REASONING if no_reasoning else "default")
-    if template:
-        return template
-    if no_reasoning:
-        raise ValueError(
-            f"{model} has no chat template named {NO_REASONING}: leave out --no-reasoning, or write one as "
-            f"additional_chat_templates/{NO_REASONING}.jinja"
-        )
-    raise ValueError(f"{model} has no chat template: use hrwkv generate, or a model that was trained to chat")
-
-
-def _prompt(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
-    """Token ids of a conversation. Raises ValueError if the template refuses it."""
-    from jinja2 import TemplateError
-
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, return_dict=True
-        )
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
-    ids: list[int] = encoded["input_ids"]
-    return ids
+        for text in read_text(self.tokenizer, ids, tokens=counted(), stop=sampling.stop):
+            yield Piece(text, count)
 
 
 def _first(*values: Any) -> Any:
     """The first that is not None."""
     return next(value for value in values if value is not None)
-
-
-def _ask() -> str | None:
-    """The next message; None at the end of the input."""
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return None
-        if text:
-            return text
 
 
 def _read(path: Path | None) -> str:

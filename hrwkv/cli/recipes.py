@@ -28,7 +28,7 @@ TABLES = ("convert", "distill", "eval", "demo")
 PRESET_TABLES = ("teacher", "chat")
 DEMO_RECIPE = "tiny-demo"
 # Flags that may be written as one comma-separated word: 8,15,22.
-COMMA_LISTS = ("attention-layers", "passkey-lengths", "passkey-depths")
+COMMA_LISTS = ("attention-layers", "passkey-lengths", "passkey-depths", "batch-sizes", "prompt-lengths")
 # Either of these chooses the layers, so a flag for one takes the other out of the recipe.
 LAYER_CHOICES = ("attention_layers", "keep_attention")
 

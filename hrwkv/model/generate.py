@@ -7,7 +7,7 @@ instead of the process's. For many requests at once there is the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,16 @@ def stream_text(
     Ends at an end-of-sequence token, at a stop text or after ``max_new_tokens``. Raises ValueError for an
     empty prompt.
     """
-    text, stops = Detokenizer(tokenizer, prompt), StopTexts(sampling.stop)
-    for token in stream_tokens(model, prompt, sampling=sampling):
+    tokens = stream_tokens(model, prompt, sampling=sampling)
+    return read_text(tokenizer, prompt, tokens=tokens, stop=sampling.stop)
+
+
+def read_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], *, tokens: Iterable[int], stop: Sequence[str]
+) -> Iterator[str]:
+    """The text of an answer's tokens as they come, in whole characters, up to the first stop text."""
+    text, stops = Detokenizer(tokenizer, prompt), StopTexts(stop)
+    for token in tokens:
         if piece := stops.add(text.add(token)):
             yield piece
         if stops.found is not None:

@@ -4,6 +4,7 @@ They are plain data without torch, so a command can read, print and compare a re
 Each field's meaning stands in its docstring; what only the data or the model can tell is checked there.
 """
 
+from hrwkv.settings.bench import BenchSettings
 from hrwkv.settings.convert import INITIALISATIONS, ConvertSettings, ImportSettings
 from hrwkv.settings.data import DataSettings
 from hrwkv.settings.distill import DistillSettings, StageSettings
@@ -13,6 +14,7 @@ from hrwkv.settings.serve import ServeSettings
 
 __all__ = [
     "INITIALISATIONS",
+    "BenchSettings",
     "ConvertSettings",
     "DataSettings",
     "DemoSettings",

@@ -1,8 +1,6 @@
 """The way from a teacher to a text, through the command line."""
 
-import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from hrwkv.model.checkpoint import load_config, load_model
-from tests.cli.conftest import RANKS, Files, Run, byte_tokenizer
+from tests.cli.conftest import RANKS, Files, Run
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -98,106 +96,6 @@ def test_teacher_is_evaluated_alone(files: Files, run: Run, tmp_path: Path) -> N
     model = json.loads((tmp_path / "r" / "report.json").read_text())["models"][0]
     assert model["comparison"]["overall"]["kl"] is None
     assert model["grid"] is None
-
-
-def test_chat_keeps_and_forgets_the_conversation(
-    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hrwkv.cli.generate import Writer
-
-    heard = []
-    monkeypatch.setattr(
-        Writer, "stream", lambda self, ids: heard.append(self.tokenizer.decode(ids)) or "reply"
-    )
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n/exit\nfour\n"))
-    assert run("chat", files.student, "--system", "be brief").code == 0
-    start = "system: be brief\n"
-    assert heard == [
-        f"{start}user: one\n",
-        f"{start}user: one\nassistant: reply\nuser: two\n",
-        f"{start}user: three\n",
-    ]
-
-
-@pytest.fixture
-def talker(files: Files, tmp_path: Path) -> Path:
-    """A student with two chat templates, stop texts and several end tokens, as a preset makes it."""
-    path = tmp_path / "talker"
-    shutil.copytree(files.student, path)
-    (path / "additional_chat_templates").mkdir()
-    (path / "additional_chat_templates" / "no_reasoning.jinja").write_text(
-        "{{ raise_exception('too\nlong') if messages | length > 3 }}quick: {{ messages[-1].content }}"
-    )
-    stops = {"eos_token_id": [256, 258], "stop_strings": [" <sep>", "<sep>"]}
-    (path / "generation_config.json").write_text(json.dumps(stops))
-    return path
-
-
-def say(monkeypatch: pytest.MonkeyPatch, lines: list[str], tokens: list[int]) -> list[str]:
-    """Let the user type ``lines`` and the model choose ``tokens``; the prompts that the model gets."""
-    from hrwkv.cli.generate import Writer
-
-    heard, stream, chosen = [], Writer.stream, iter(tokens)
-
-    def listen(writer: Writer, ids: list[int]) -> str:
-        heard.append(writer.tokenizer.decode(ids))
-        return stream(writer, ids)
-
-    monkeypatch.setattr(Writer, "stream", listen)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    monkeypatch.setattr(
-        "hrwkv.model.generate.choose_tokens", lambda logits, sampling, generator: torch.tensor([next(chosen)])
-    )
-    return heard
-
-
-def test_chat_ends_at_every_stop_text_and_every_end_token(
-    talker: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stop text is neither seen nor kept; two answers end by text, two by token, one by length."""
-    encode = byte_tokenizer().encode
-    answers = [
-        encode("a <sep>"),
-        encode("b##"),
-        [*encode("c <se"), 256],
-        [*encode("d"), 258],
-        encode("e" * 9),
-    ]
-    heard = say(monkeypatch, ["1", "2", "3", "4", "5", "6"], [*sum(answers, []), 256])
-    done = run("chat", talker, "--stop", "##", "--max-tokens", 9)
-    assert done.code == 0
-    assert heard[-1] == (
-        "user: 1\nassistant: a\nuser: 2\nassistant: b\nuser: 3\nassistant: c <se\n"
-        "user: 4\nassistant: d\nuser: 5\nassistant: eeeeeeeee\nuser: 6\n"
-    )
-    assert done.out.split("ends it.\n")[1] == "> a\n> b\n> c <se\n> d\n> eeeeeeeee\n> \n> "
-
-
-@pytest.mark.parametrize(
-    ("flags", "prompt"), [((), "user: hello\n"), (("--no-reasoning",), "quick: hello")], ids=["default", "no"]
-)
-def test_chat_takes_the_template_of_its_name(
-    flags: tuple[str, ...], prompt: str, talker: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard = say(monkeypatch, ["hello"], [256])
-    assert run("chat", talker, *flags).code == 0
-    assert heard == [prompt]
-
-
-def test_chat_says_which_template_is_missing_or_refuses(
-    files: Files, talker: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = run("chat", files.student, "--no-reasoning")
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "student has no chat template named no_reasoning: leave out --no-reasoning" in done.err
-    say(monkeypatch, ["one", "two"], [256, 256])
-    done = run("chat", talker, "--no-reasoning", "--system", "x")
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "the model's chat template refuses the conversation: too long" in done.err
-    (talker / "chat_template.jinja").unlink()
-    done = run("chat", talker)
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "talker has no chat template: use hrwkv generate" in done.err
 
 
 def test_prompt_comes_from_a_file(files: Files, run: Run, tmp_path: Path) -> None:
