@@ -65,7 +65,8 @@ async def _submit(body: ChatRequest, service: Service, params: SamplingParams) -
     rendered = await service.in_thread(
         lambda: service.chat.render(body.messages, tools=tools, variables=variables)
     )
-    if body.reasoning_budget is not None and service.chat.reasoning_tags is None:
+    # No reasoning at all is what such a model does anyway.
+    if body.reasoning_budget and service.chat.reasoning_tags is None:
         message = "reasoning_budget is given, but the model's chat template has no reasoning: leave it out"
         raise ApiError(400, message, param="reasoning_budget")
     if service.settings.log_prompts:

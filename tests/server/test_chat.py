@@ -152,6 +152,7 @@ def test_a_demanded_call_is_opened_and_has_its_form() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, 422, "messages"),
         ({"tools": [TOOL]}, 400, "leave tools out"),
         ({"reasoning_budget": 5}, 400, "has no reasoning"),
+        ({"reasoning_budget": 0}, 200, ""),
         ({"functions": []}, 400, "'functions' is not supported"),
         ({"chat_template": "{{ 1 }}"}, 400, "'chat_template' is not supported"),
         ({"model": "gpt-4"}, 404, "there is no model 'gpt-4' here, expected 'fake'"),
