@@ -17,7 +17,6 @@ from hrwkv.server.service import Service
 
 # Probes have no key.
 OPEN_PATHS = {"/health", "/ready"}
-GENERATING = "POST"
 
 
 class Gate:
@@ -36,11 +35,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        def count(status: int) -> None:
+            # Only known paths are labels: what clients make up must not fill the memory.
+            self._metrics.count(getattr(scope.get("route"), "path", "other"), status)
+
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Only known paths are labels: what clients make up must not fill the memory.
-                path = getattr(scope.get("route"), "path", "other")
-                self._metrics.count(path, message["status"])
+                count(message["status"])
             await send(message)
 
         try:
@@ -48,7 +49,11 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, counting_send)
             return
-        await self._app(scope, self._limited(receive), counting_send)
+        try:
+            await self._app(scope, self._limited(receive), counting_send)
+        except Exception:
+            count(500)  # Starlette answers it outside of here
+            raise
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -58,7 +63,7 @@ class Gate:
             if scheme.lower() != "bearer" or not any(known):
                 message = "no valid API key: send Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key")
-        if self._service.draining.is_set() and scope["method"] == GENERATING:
+        if self._service.draining.is_set() and scope["method"] == "POST":
             raise ApiError(503, "the server is shutting down: ask another one", code="not_ready")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._service.settings.max_body_bytes:

@@ -197,5 +197,9 @@ def test_answers_are_counted_by_path_and_status() -> None:
     text = ask(app, "/metrics").text
     assert 'hrwkv_http_responses_total{path="/v1/completions",status="200"} 1.0' in text
     assert 'hrwkv_http_responses_total{path="/v1/completions",status="422"} 1.0' in text
+    broken = fake_app(FakeEngine(lambda prompt, params: [["a"]], failure=RuntimeError("a bug")))
+    assert ask(broken, COMPLETIONS, {"prompt": "a"}).status_code == 500
+    counted = 'hrwkv_http_responses_total{path="/v1/completions",status="500"} 1.0'
+    assert counted in ask(broken, "/metrics").text
     # What clients make up is one label.
     assert 'hrwkv_http_responses_total{path="other",status="404"} 2.0' in text
