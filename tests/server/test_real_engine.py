@@ -21,6 +21,7 @@ from hrwkv.model.modeling import HybridModel
 from hrwkv.server.app import make_service
 from hrwkv.server.run import Server, listen
 from hrwkv.settings import EngineSettings, ServeSettings
+from tests.server.test_reasoning import THINKS
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_teacher" / "model"
 NAME = "tiny"
@@ -42,8 +43,9 @@ class Running:
         return self.client.completions.create(model=NAME, prompt=prompt, **given).choices[0].text
 
 
-def start() -> Iterator[Running]:
+def start(template: str | None = None) -> Iterator[Running]:
     model, tokenizer = load_model(MODEL), open_directory(MODEL)[1]
+    tokenizer.chat_template = template or tokenizer.chat_template
     settings = EngineSettings(device="cpu", max_sequences=8, step_tokens=64, cache_bytes=2**25)
     values = ServeSettings(port=0)
     with listen(values) as listener, Engine(model, tokenizer, settings) as engine:
@@ -65,6 +67,12 @@ def running() -> Iterator[Running]:
 def fragile() -> Iterator[Running]:
     """One that a test may break."""
     yield from start()
+
+
+@pytest.fixture
+def thinking() -> Iterator[Running]:
+    """One whose template knows reasoning."""
+    yield from start(THINKS)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +208,21 @@ def test_answers_have_the_form_that_is_asked_for(running: Running) -> None:
     assert answer.choices[0].finish_reason == "stop"
     chosen = running.complete(extra_body={"guided_choice": ["left", "right"]}, temperature=1.0)
     assert chosen in ("left", "right")
+
+
+def test_an_answer_after_a_cut_reasoning_is_that_of_the_whole_text(thinking: Running) -> None:
+    answer = thinking.client.chat.completions.create(
+        model=NAME, messages=ASKED, max_tokens=TOKENS, temperature=0, extra_body={"reasoning_budget": 5}
+    )
+    opened = "user: import os\nassistant: <think>\n"
+    thought = thinking.complete(opened, max_tokens=5, extra_body={"add_special_tokens": False})
+    text = f"{opened}{thought.rstrip()}\n</think>\n\n"
+    after = thinking.complete(text, max_tokens=TOKENS - 5, extra_body={"add_special_tokens": False})
+    message: Any = answer.choices[0].message
+    assert message.reasoning_content == thought.strip()
+    assert message.content == after.lstrip()
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == TOKENS
 
 
 @pytest.mark.parametrize(
