@@ -91,7 +91,7 @@ class ToolParser:
 
     def __init__(self, *, inside: bool = False, limit: int | None = None) -> None:
         self._inside, self._limit = inside, limit
-        self._held, self.num_calls = "", 0
+        self._held, self._num_calls, self._blank = "", 0, False
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCallPart]]:
         """(content, calls) that this text completes; ``last`` gives out what is held back."""
@@ -112,14 +112,17 @@ class ToolParser:
     def _take(self, text: str, tag: str, content: list[str], calls: list[ToolCallPart]) -> None:
         """Put a text that ends at ``tag`` where it belongs."""
         if not self._inside:
-            # White space between calls is the format's.
-            content.append("" if self.num_calls and not text.strip() else text)
+            # White space behind a call is the format's.
+            text = text.lstrip() if self._blank else text
+            self._blank = self._blank and not text
+            content.append(text)
             return
         call = _read_call(text)
+        self._blank = call is not None
         if call is None:
             content.append(CALL_TAGS[0] + text + tag)
-        elif self._limit is None or self.num_calls < self._limit:
-            self.num_calls += 1
+        elif self._limit is None or self._num_calls < self._limit:
+            self._num_calls += 1
             calls.append(call)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hrwkv.server.parse import REASONING_TAGS, ReasoningSplitter, ToolParser, begun
@@ -84,7 +84,9 @@ def test_calls_are_read(text: str, options: dict[str, object], expected: object)
     st.lists(st.sampled_from([CALL, OTHER, "<tool_call>", "</tool_call>", "<tool", "a", "\n"]), max_size=6),
     st.lists(st.integers(0, 300), max_size=8),
 )
+@example([CALL, "a", "\n"], [62])
 def test_cuts_change_no_call(words: list[str], places: list[int]) -> None:
+    """The example: after a call and a text, a line end that came by itself was left out of the content."""
     text = "".join(words)
     assert parse(text, places) == parse(text)
 
