@@ -25,6 +25,7 @@ from hrwkv.cli import (
     plan,
     published,
     select,
+    serve,
 )
 from hrwkv.cli.interrupt import Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
@@ -49,6 +50,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "eval": (evaluate.evaluate, evaluate.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),
     "chat": (chat.chat, chat.EXAMPLES),
+    "serve": (serve.serve, serve.EXAMPLES),
     "bench": (bench.bench, bench.EXAMPLES),
     "demo": (demo.demo, demo.EXAMPLES),
 }

@@ -12,6 +12,7 @@ from hrwkv.settings.engine import EngineSettings
 from hrwkv.settings.evaluate import DemoSettings, EvalSettings
 from hrwkv.settings.plan import PlanSettings
 from hrwkv.settings.select import SelectSettings
+from hrwkv.settings.serve import ServeSettings
 
 __all__ = [
     "INITIALISATIONS",
@@ -25,5 +26,6 @@ __all__ = [
     "ImportSettings",
     "PlanSettings",
     "SelectSettings",
+    "ServeSettings",
     "StageSettings",
 ]

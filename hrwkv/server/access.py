@@ -1,0 +1,92 @@
+"""What stands before every route: API keys, the size of bodies, the end of service.
+
+Plain ASGI, so that streams pass."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hrwkv.server.errors import ApiError
+from hrwkv.server.metrics import Metrics
+from hrwkv.server.service import Service
+
+# Probes have no key.
+OPEN_PATHS = {"/health", "/ready"}
+
+
+class Gate:
+    """ASGI middleware; refuses in OpenAI's form and counts every answer."""
+
+    def __init__(
+        self, app: ASGIApp, *, service: Service, metrics: Metrics, api_keys: Sequence[str] = ()
+    ) -> None:
+        self._app, self._service, self._metrics = app, service, metrics
+        # Of digests, so that the time of a comparison tells nothing, a key's length included.
+        self._keys = [_digest(key) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        def count(status: int) -> None:
+            # Only known paths are labels: what clients make up must not fill the memory.
+            self._metrics.count(getattr(scope.get("route"), "path", "other"), status)
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, counting_send)
+            return
+        try:
+            await self._app(scope, self._limited(receive), counting_send)
+        except Exception:
+            count(500)  # Starlette answers it outside of here
+            raise
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if self._keys and scope["path"] not in OPEN_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            known = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._keys]
+            if scheme.lower() != "bearer" or not any(known):
+                message = "no valid API key: send Authorization: Bearer KEY"
+                raise ApiError(401, message, code="invalid_api_key")
+        if self._service.draining.is_set() and scope["method"] == "POST":
+            raise ApiError(503, "the server is shutting down: ask another one", code="not_ready")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._service.settings.max_body_bytes:
+            raise self._too_large(f"{length[:20]} bytes")
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The same for a body that does not tell its size in advance."""
+        limit, read = self._service.settings.max_body_bytes, 0
+
+        async def counting() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:
+                raise self._too_large(f"more than {limit} bytes")
+            return message
+
+        return counting
+
+    def _too_large(self, came: str) -> ApiError:
+        limit = self._service.settings.max_body_bytes
+        return ApiError(413, f"the body has {came}, expected at most {limit}", code="body_too_large")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

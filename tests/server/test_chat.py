@@ -1,0 +1,182 @@
+"""/v1/chat/completions: the parts of an answer, whole and streamed."""
+
+from typing import Any
+
+import pytest
+
+from hrwkv.engine.request import EngineError, SamplingParams
+from tests.server.fakes import FakeEngine, ask, byte_tokenizer, events, fake_app
+from tests.server.test_template import HERMES, RECIPES, TOOL
+
+PATH = "/v1/chat/completions"
+ASKED = {"messages": [{"role": "user", "content": "a"}]}
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def saying(*pieces: str, template: str | None = None, **options: Any) -> FakeEngine:
+    tokenizer = byte_tokenizer(template) if template else byte_tokenizer()
+    return FakeEngine(lambda prompt, params: [list(pieces)] * params.n, tokenizer, **options)
+
+
+def qwen(*pieces: str) -> FakeEngine:
+    return saying(*pieces, template=(RECIPES / "qwen3.jinja").read_text())
+
+
+def folded(chunks: list[Any], index: int = 0) -> dict[str, Any]:
+    """A client's view of a stream's choice."""
+    found: dict[str, Any] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            if choice["index"] == index:
+                for name, value in choice["delta"].items():
+                    found[name] = found[name] + value if name in found else value
+                found["finish_reason"] = choice["finish_reason"]
+    return found
+
+
+def test_an_answer() -> None:
+    body = ask(fake_app(saying("Hel", "lo")), PATH, ASKED).json()
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello"},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+    assert (body["object"], body["usage"]["prompt_tokens"]) == (
+        "chat.completion",
+        len("user: a\nassistant: "),
+    )
+
+
+def test_a_stream_has_role_text_finish_and_usage_in_this_order() -> None:
+    body = ASKED | {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(ask(fake_app(saying("Hel", "lo")), PATH, body))
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, None, "stop"]
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 5)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_a_stream_without_usage_has_no_such_field() -> None:
+    chunks = events(ask(fake_app(saying("a")), PATH, ASKED | {"stream": True}))
+    assert not [chunk for chunk in chunks if "usage" in chunk]
+
+
+def test_each_choice_has_its_role_and_end() -> None:
+    chunks = events(ask(fake_app(saying("a", "b")), PATH, ASKED | {"stream": True, "n": 2}))
+    for index in (0, 1):
+        expected = {"role": "assistant", "content": "ab", "finish_reason": "stop"}
+        assert folded(chunks, index) == expected
+
+
+def test_logprobs_are_of_every_token() -> None:
+    body = ASKED | {"logprobs": True, "top_logprobs": 2}
+    content = ask(fake_app(saying("ab")), PATH, body).json()["choices"][0]["logprobs"]["content"]
+    assert [(entry["token"], entry["logprob"], entry["bytes"]) for entry in content] == [
+        ("a", -0.64, [97]),
+        ("b", -0.65, [98]),
+    ]
+    assert [rival["token"] for rival in content[0]["top_logprobs"]] == ["&", "a"]
+    chunks = events(ask(fake_app(saying("a", "b")), PATH, body | {"stream": True}))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [entry for part in parts if part for entry in part["content"]] == content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_apart(stream: bool) -> None:
+    app = fake_app(qwen("<thi", "nk>\nwhy", "\n</thi", "nk>\n\nso"))
+    response = ask(app, PATH, ASKED | {"stream": stream})
+
+    answer = folded(events(response)) if stream else response.json()["choices"][0]["message"]
+    assert (answer["reasoning_content"], answer["content"]) == ("why", "so")
+
+
+def test_calls_are_read() -> None:
+    app = fake_app(saying("Well.", CALL[:20], CALL[20:], template=HERMES))
+    body = ASKED | {"tools": [TOOL]}
+    choice = ask(app, PATH, body).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Well.", "tool_calls")
+    streamed = folded(events(ask(app, PATH, body | {"stream": True})))
+    assert [(call["index"], call["function"]) for call in streamed["tool_calls"]] == [(0, call["function"])]
+    assert streamed["finish_reason"] == "tool_calls"
+
+
+def test_content_is_null_beside_a_call_alone() -> None:
+    body = ask(fake_app(saying(CALL, template=HERMES)), PATH, ASKED | {"tools": [TOOL]}).json()
+    assert body["choices"][0]["message"]["content"] is None
+
+
+def test_without_tools_a_call_is_text() -> None:
+    message = ask(fake_app(saying(CALL, template=HERMES)), PATH, ASKED).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": CALL}
+
+
+def test_one_call_at_a_time() -> None:
+    body = ASKED | {"tools": [TOOL], "parallel_tool_calls": False}
+    message = ask(fake_app(saying(CALL + CALL, template=HERMES)), PATH, body).json()["choices"][0]["message"]
+    assert len(message["tool_calls"]) == 1
+
+
+def test_a_demanded_call_is_opened_and_has_its_form() -> None:
+    engine = saying('{"name": "f", ', '"arguments": {}}', template=HERMES)
+    body = ASKED | {"tools": [TOOL], "tool_choice": "required"}
+    choice = ask(fake_app(engine), PATH, body).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert choice["finish_reason"] == "tool_calls"
+    (request,) = engine.requests
+    assert engine.tokenizer.decode(request.prompt).endswith("a\n<tool_call>\n")
+    assert request.params.grammar is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "says"),
+    [
+        ({"messages": []}, 200, ""),
+        ({"messages": [{"role": "robot", "content": "a"}]}, 422, "'user'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "image_url",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, 422, "messages"),
+        ({"tools": [TOOL]}, 400, "leave tools out"),
+        ({"reasoning_budget": 5}, 400, "has no reasoning"),
+        ({"reasoning_budget": 0}, 200, ""),
+        ({"functions": []}, 400, "'functions' is not supported"),
+        ({"chat_template": "{{ 1 }}"}, 400, "'chat_template' is not supported"),
+        ({"model": "gpt-4"}, 404, "there is no model 'gpt-4' here, expected 'fake'"),
+        ({"max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "tokens"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], status: int, says: str) -> None:
+    response = ask(fake_app(saying("a")), PATH, ASKED | fields)
+    assert response.status_code == status
+    assert says in response.text
+
+
+@pytest.mark.parametrize(("place", "status"), [(0, 503), (1, 200)])
+def test_a_failure_before_the_first_token_is_a_status_and_later_an_event(place: int, status: int) -> None:
+    engine = saying("a", "b", failure=EngineError("out of memory"), fail_at=place)
+    response = ask(fake_app(engine), PATH, ASKED | {"stream": True})
+    assert response.status_code == status
+    error = events(response)[-1] if status == 200 else response.json()
+    assert error["error"]["message"] == "out of memory"
+    assert error["error"]["code"] == "engine_unavailable"
+
+
+def test_parameters_reach_the_engine() -> None:
+    engine = saying("a")
+    assert ask(fake_app(engine), PATH, ASKED | {"max_completion_tokens": 9, "seed": 3}).status_code == 200
+    assert engine.requests[0].params == SamplingParams(max_tokens=9, seed=3)

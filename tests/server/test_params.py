@@ -1,0 +1,78 @@
+"""What a request gets that says nothing."""
+
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from hrwkv.server.errors import ApiError
+from hrwkv.server.params import Defaults, chat_params, completion_params
+from hrwkv.server.schemas import ChatRequest, CompletionRequest
+
+MAKER = GenerationConfig(
+    temperature=0.6,
+    top_p=0.95,
+    top_k=1024,
+    stop_strings=[" <sep>"],
+    repetition_penalty=1.1,
+)
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], **fields})
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"), [(True, (0.6, 0.95, 100, 1.1)), (False, (1.0, 1.0, 0, 1.0))]
+)
+def test_the_makers_sampling_is_a_default(sampling: bool, expected: tuple[float, ...]) -> None:
+    defaults = Defaults.from_config(MAKER, sampling=sampling)
+    body = CompletionRequest(prompt="a")
+    got = completion_params(body, defaults, vocab_size=100)
+    # More tokens than there are is all of them.
+    assert (got.temperature, got.top_p, min(got.top_k, 100), got.repetition_penalty) == expected
+    assert (got.stop, got.stop_token_ids) == ((), ())
+    given = CompletionRequest(prompt="a", temperature=0.0, top_p=0.5, top_k=-1, repetition_penalty=1.0)
+    got = completion_params(given, defaults, vocab_size=100)
+    assert (got.temperature, got.top_p, got.top_k, got.repetition_penalty) == (0.0, 0.5, 0, 1.0)
+
+
+def test_a_chat_ends_where_the_model_ends_its_answers() -> None:
+    defaults = Defaults.from_config(MAKER, sampling=False)
+    got = chat_params(chat(stop="x", stop_token_ids=[3, 7]), defaults, vocab_size=100)
+    assert (got.stop, got.stop_token_ids) == (("x", " <sep>"), (3, 7))
+
+
+def test_a_single_stop_text_is_a_list_of_one() -> None:
+    assert Defaults.from_config(GenerationConfig(stop_strings="x"), sampling=True).stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 6}, 6),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 6),
+    ],
+)
+def test_lengths_of_a_chat(fields: dict[str, int], expected: int | None) -> None:
+    assert chat_params(chat(**fields), Defaults(), vocab_size=100).max_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+        ({"logprobs": False}, None),
+    ],
+)
+def test_logprobs_of_a_chat(fields: dict[str, Any], expected: int | None) -> None:
+    assert chat_params(chat(**fields), Defaults(), vocab_size=100).logprobs == expected
+
+
+def test_top_logprobs_alone_are_refused() -> None:
+    with pytest.raises(ApiError, match="without logprobs true"):
+        chat_params(chat(top_logprobs=3), Defaults(), vocab_size=100)
