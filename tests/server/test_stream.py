@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from hrwkv.engine.request import EngineError
+from hrwkv.server import stream
 from hrwkv.server.stream import to_json
 from tests.server.fakes import FakeEngine, fake_service, serving
 
@@ -100,7 +101,7 @@ def test_a_slow_reader_stops_nobody() -> None:
 def test_a_reader_that_never_reads_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hrwkv.server.stream.READER_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "READER_SECONDS", 0.0)
     engine = endless(pieces=20, size=1_000_000)
     caplog.set_level(logging.WARNING)
 
