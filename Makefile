@@ -22,7 +22,7 @@ install: $(STAMP)  ## make the environment in .venv (done by the others when nee
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	    "Python %d.%d found, 3.11 or newer needed: make PYTHON=/path/to/python3.11 ..." % v[:2])'
-	@echo 'Installing into $(VENV): one to three minutes, about 1.3 GB'
+	@echo 'Installing into $(VENV): one to three minutes, about 2.5 GB'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
