@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hrwkv.kernels.low_rank import Activation, expand
 from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
 from hrwkv.kernels.wkv7 import mixer_decode, wkv7, wkv7_decode
 from hrwkv.layers.batch import TokenBatch
@@ -172,15 +173,25 @@ class TimeMix(Projections):
         def heads(rows: Tensor) -> Tensor:
             return rows.unflatten(-1, (-1, self.head_dim))
 
+        r, k, v = (heads(product(name)) for name in ("receptance", "key", "value"))
+        activations: dict[str, Activation] = {"w": "tanh", "a": "none", "g": "sigmoid"}
+        activations |= {"v": "none"} if reads_value else {}
+        activations |= {"k": "none"} if reads_key else {}
+        expanded = expand(
+            [product(f"{name}1") for name in activations],
+            [getattr(self, f"{name}2") for name in activations],
+            activations=list(activations.values()),
+        )
+        low_rank = dict(zip(activations, map(heads, expanded), strict=True))
         return Rows(
-            r=heads(product("receptance")),
-            k=heads(product("key")),
-            v=heads(product("value")),
-            decay=heads(torch.tanh(product("w1")) @ self.w2),
-            iclr=heads(product("a1") @ self.a2),
-            gate=heads(torch.sigmoid(product("g1")) @ self.g2),
-            value=heads(product("v1") @ self.v2) if reads_value else None,
-            key=heads(product("k1") @ self.k2) if reads_key else None,
+            r=r,
+            k=k,
+            v=v,
+            decay=low_rank["w"],
+            iclr=low_rank["a"],
+            gate=low_rank["g"],
+            value=low_rank.get("v"),
+            key=low_rank.get("k"),
         )
 
     def _weights(self) -> Weights:
