@@ -25,7 +25,7 @@ FEW_TOKENS = 512
 class _Fused:
     """weight: [sum, D]. bias: [sum], zeros for a projection without one; None if there is none at all.
 
-    views: each projection's rows of both, by name.
+    views: by name the rows that are a projection's weight, and its bias if it has one.
     """
 
     weight: Tensor
@@ -36,15 +36,19 @@ class _Fused:
     def lay(cls, own: dict[str, tuple[Tensor, Tensor | None]]) -> _Fused:
         """Copies of weights [rows, D] and biases [rows] or None, one after the other."""
         weight, bias = torch.cat([matrix for matrix, _ in own.values()]), None
-        rows = [len(matrix) for matrix, _ in own.values()]
-        parts: list[Tensor | None] = [None] * len(rows)
         if any(vector is not None for _, vector in own.values()):
-            vectors = [
-                matrix.new_zeros(len(matrix)) if vector is None else vector for matrix, vector in own.values()
-            ]
-            bias = torch.cat(vectors)
-            parts = [*bias.split(rows)]
-        return cls(weight, bias, dict(zip(own, zip(weight.split(rows), parts, strict=True), strict=True)))
+            bias = torch.cat(
+                [
+                    matrix.new_zeros(len(matrix)) if vector is None else vector
+                    for matrix, vector in own.values()
+                ]
+            )
+        views, start = {}, 0
+        for name, (matrix, vector) in own.items():
+            rows = slice(start, start + len(matrix))
+            views[name] = weight[rows], None if vector is None or bias is None else bias[rows]
+            start = rows.stop
+        return cls(weight, bias, views)
 
     def products(self, x: Tensor) -> dict[str, Tensor]:
         """x [T, D] -> [T, rows] by name, views of one product."""
@@ -83,7 +87,7 @@ class Projections(nn.Module):
                 projection.data = matrix.t()
                 continue
             projection.weight.data = matrix
-            if projection.bias is not None:
+            if vector is not None:
                 projection.bias.data = vector
         self._fused = fused
 
@@ -116,7 +120,9 @@ def _rows(projection: nn.Linear | Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _same_memory(part: Tensor | None, view: Tensor | None) -> bool:
-    return part is None or (view is not None and part.data_ptr() == view.data_ptr())
+    return part is view is None or (
+        part is not None and view is not None and part.data_ptr() == view.data_ptr()
+    )
 
 
 def _product(x: Tensor, projection: nn.Module | Tensor) -> Tensor:

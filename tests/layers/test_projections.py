@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,27 +224,30 @@ def test_loading_into_a_fused_model_loads_what_is_multiplied() -> None:
     assert_same_logits(fused, other)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.to(torch.float64),
-        deepcopy,
-        lambda model: model.load_state_dict(hybrid_model(seed=1).state_dict(), assign=True) and model,
-        lambda model: (
-            setattr(model.model.layers[0].self_attn.key.weight, "data", torch.ones(16, 24)) or model
-        ),
-        lambda model: (
-            setattr(model.model.layers[0].self_attn, "w1", torch.nn.Parameter(torch.ones(24, 5))) or model
-        ),
-    ],
-    ids=["to", "deepcopy", "assign", "data", "parameter"],
-)
+def converted(model: HybridModel) -> HybridModel:
+    return model.to(torch.float64)
+
+
+def assigned(model: HybridModel) -> HybridModel:
+    model.load_state_dict(hybrid_model(seed=1).state_dict(), assign=True)
+    return model
+
+
+def pointed_elsewhere(model: HybridModel) -> HybridModel:
+    model.model.layers[0].self_attn.key.weight.data = torch.ones(16, 24)
+    return model
+
+
+def replaced(model: HybridModel) -> HybridModel:
+    model.model.layers[0].self_attn.w1 = nn.Parameter(torch.ones(24, 5))
+    return model
+
+
+@pytest.mark.parametrize("change", [converted, deepcopy, assigned, pointed_elsewhere, replaced])
 def test_parameters_with_memory_of_their_own_are_refused_until_they_are_fused(
-    change: Callable[[HybridModel], Any],
+    change: Callable[[HybridModel], HybridModel],
 ) -> None:
-    _, fused = both()
-    changed = change(fused)
-    changed = fused if not isinstance(changed, HybridModel) else changed
+    changed = change(both()[1])
     with pytest.raises(RuntimeError, match=r"after it was fused: call fuse_projections\(\) again"):
         logits_of(changed, IDS, LENGTHS)
     apart = hybrid_model().to(changed.lm_head.weight.dtype)
