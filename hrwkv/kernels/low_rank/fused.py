@@ -32,7 +32,7 @@ def expand(
             tuple(x.stride() for x in inner),
             tuple(up),
             tuple(w.stride() for w in up),
-            tuple(w.shape for w in up),
+            tuple(tuple(w.shape) for w in up),  # a torch.Size is no tuple to Triton 3.6
             len(inner[0]),
             STARTS=starts,
             ACTIVATIONS=tuple(activations),
