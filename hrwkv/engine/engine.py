@@ -98,7 +98,8 @@ class Engine:
     ) -> None:
         self.tokenizer, self._settings = tokenizer, settings or EngineSettings()
         self.model_config: HybridConfig = model.config
-        self._sizes = fit_memory(model.eval(), self._settings)
+        model.eval().fuse_projections()  # before memory is measured
+        self._sizes = fit_memory(model, self._settings)
         self._core = build_core(model, self._settings, sizes=self._sizes)
         self.max_context = longest_context(model, self._settings, sizes=self._sizes)
         ends = _ids(model.config.eos_token_id) | _ids(tokenizer.eos_token_id) if end_ids is None else end_ids

@@ -12,10 +12,13 @@ from hrwkv.kernels.attention import paged_attention, store_kv, varlen_attention
 from hrwkv.kernels.rope import rotate
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope
+from hrwkv.layers.projections import Projections
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Causal GQA (arXiv 2305.13245); H query heads read H_kv key and value heads of size K."""
+
+    projections = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
@@ -54,9 +57,10 @@ class Attention(nn.Module):
         encoding. k_cache, v_cache: [blocks, block_size, H_kv, K], written in place at ``batch.slot_mapping``.
         Returns y [T, D].
         """
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        product = self.projected(x)
+        q = product("q_proj").unflatten(-1, (self.num_heads, self.head_dim))
+        k = product("k_proj").unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = product("v_proj").unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

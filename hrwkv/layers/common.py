@@ -1,4 +1,4 @@
-"""What both kinds of layer share: RMSNorm, low-rank products, SwiGLU (docs/hxa079.md, 1, 7, 16)."""
+"""What both kinds of layer share: RMSNorm and SwiGLU (docs/hxa079.md, 1, 16)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hrwkv.kernels.norm import rms_norm
+from hrwkv.layers.projections import Projections
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
 
@@ -29,13 +30,10 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
-def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """``(x down) up``: x [T, D], down [D, R], up [R, C] -> [T, C]."""
-    return (x @ down) @ up
-
-
-class SwiGLU(nn.Module):
+class SwiGLU(Projections):
     """``down(silu(gate(x)) * up(x))``, the teacher's MLP (hxa079.md 16)."""
+
+    projections = ("gate_proj", "up_proj")
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -48,4 +46,5 @@ class SwiGLU(nn.Module):
         if recompute:
             y: Tensor = checkpoint(self.forward, x, use_reentrant=False)
             return y
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        product = self.projected(x)
+        return self.down_proj(F.silu(product("gate_proj")) * product("up_proj"))

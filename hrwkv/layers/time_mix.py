@@ -12,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hrwkv.kernels.low_rank import Activation, expand
 from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
 from hrwkv.kernels.wkv7 import mixer_decode, wkv7, wkv7_decode
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.layers.common import RMSNorm, Rope, low_rank
+from hrwkv.layers.common import RMSNorm, Rope
+from hrwkv.layers.projections import Projections
 
 __all__ = ["VARIANTS", "FirstLayer", "LowRankSizes", "TimeMix", "Variant"]
 
@@ -70,7 +72,7 @@ class LowRankSizes:
     gate: int
 
 
-class TimeMix(nn.Module):
+class TimeMix(Projections):
     """One RWKV-7 mixer; D hidden size, H heads, H_kv KV heads, K head size, C = H * K."""
 
     def __init__(
@@ -122,6 +124,8 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = zeros(hidden_size, ranks.gate), zeros(ranks.gate, width)
         if variant.bonus:
             self.r_k = zeros(num_heads, head_dim)
+        names = ("receptance", "key", "value", "w1", "a1", "v1", "k1", "g1")
+        self.projections = tuple(name for name in names if hasattr(self, name))
 
     def forward(
         self,
@@ -164,18 +168,30 @@ class TimeMix(nn.Module):
         reads_value = gates_value or self.variant.value_residual == "low_rank"
         reads_key = self.variant.key_residual and not in_first
 
+        product = self.projected(x)
+
         def heads(rows: Tensor) -> Tensor:
             return rows.unflatten(-1, (-1, self.head_dim))
 
+        r, k, v = (heads(product(name)) for name in ("receptance", "key", "value"))
+        activations: dict[str, Activation] = {"w": "tanh", "a": "none", "g": "sigmoid"}
+        activations |= {"v": "none"} if reads_value else {}
+        activations |= {"k": "none"} if reads_key else {}
+        expanded = expand(
+            [product(f"{name}1") for name in activations],
+            [getattr(self, f"{name}2") for name in activations],
+            activations=list(activations.values()),
+        )
+        low_rank = dict(zip(activations, map(heads, expanded), strict=True))
         return Rows(
-            r=heads(self.receptance(x)),
-            k=heads(self.key(x)),
-            v=heads(self.value(x)),
-            decay=heads(torch.tanh(x @ self.w1) @ self.w2),
-            iclr=heads(low_rank(x, self.a1, self.a2)),
-            gate=heads(torch.sigmoid(x @ self.g1) @ self.g2),
-            value=heads(low_rank(x, self.v1, self.v2)) if reads_value else None,
-            key=heads(low_rank(x, self.k1, self.k2)) if reads_key else None,
+            r=r,
+            k=k,
+            v=v,
+            decay=low_rank["w"],
+            iclr=low_rank["a"],
+            gate=low_rank["g"],
+            value=low_rank.get("v"),
+            key=low_rank.get("k"),
         )
 
     def _weights(self) -> Weights:

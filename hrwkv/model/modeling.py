@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +16,7 @@ from hrwkv.layers.attention import Attention
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope, SwiGLU
 from hrwkv.layers.linear import FrozenSwiGLU
+from hrwkv.layers.projections import Projections
 from hrwkv.layers.time_mix import VARIANTS, FirstLayer, LowRankSizes, TimeMix
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import LINEAR, HybridConfig
@@ -179,6 +181,14 @@ class HybridModel(nn.Module):
         """Make the head the embedding where the config says so; needed again after weights are assigned."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def fuse_projections(self) -> None:
+        """Make the products that meet one input one product, for inference (layers/projections.py)."""
+        for module in self.modules():
+            if isinstance(module, Projections):
+                module.fuse_projections()
+                if self.lm_head.weight.is_cuda:  # the old weights' memory is in pieces too small for the next
+                    torch.cuda.empty_cache()
 
     def forward(
         self,

@@ -32,6 +32,12 @@ def model_of(kind: str) -> HybridModel:
 
 
 @functools.cache
+def apart(kind: str) -> HybridModel:
+    """The same, never fused as an engine's model is."""
+    return hybrid_model(KINDS[kind], eos_token_id=None)
+
+
+@functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """One printable letter a token."""
     core = Tokenizer(models.BPE({chr(33 + n): n for n in range(VOCAB - 1)} | {"~~": VOCAB - 1}, []))
@@ -42,12 +48,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def greedy_alone(kind: str, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The answer by whole forwards without a cache, one request and one token at a time."""
+    """The answer by whole forwards, not fused, without a cache, one request and one token at a time."""
     if not count:
         return ()
     before = greedy_alone(kind, prompt, count - 1)
     ids = torch.tensor([*prompt, *before])
-    return (*before, int(logits_of(model_of(kind), ids, [len(ids)])[-1].argmax()))
+    return (*before, int(logits_of(apart(kind), ids, [len(ids)])[-1].argmax()))
 
 
 @dataclass
@@ -87,6 +93,7 @@ class Driver:
         values = {"max_sequences": 4, "step_tokens": 16, "block_size": 4, "device": "cpu", **settings}
         self.settings = EngineSettings(**values)
         self.model = model or model_of(kind)
+        self.model.fuse_projections()
         self.now = 0.0
         self.sizes = sizes or fit_memory(self.model, self.settings)
         self.core = build_core(self.model, self.settings, sizes=self.sizes, clock=lambda: self.now)

@@ -15,6 +15,7 @@ import torch
 from hrwkv.engine.engine import Engine
 from hrwkv.engine.request import CapacityError, EngineError, Event, QueueFullError, SamplingParams
 from hrwkv.engine.stream import Request
+from hrwkv.layers.projections import Projections
 from hrwkv.settings import EngineSettings
 from tests.builders import hybrid_model
 from tests.engine.driver import greedy, greedy_alone, tokenizer
@@ -65,6 +66,12 @@ def test_generate_gives_each_prompt_its_own_answers_in_order(engine: Engine) -> 
     latencies = engine.drain_latencies()
     assert (len(latencies.first_token), len(latencies.inter_token)) == (6, 24)
     assert engine.drain_latencies().first_token == []
+
+
+def test_an_engine_multiplies_each_input_once(engine: Engine) -> None:
+    fusable = [m for m in engine._core._runner.model.modules() if isinstance(m, Projections)]
+    assert len(fusable) == 2 * engine.model_config.num_hidden_layers
+    assert all(module._fused is not None for module in fusable)
 
 
 def test_generate_takes_more_prompts_than_the_line() -> None:

@@ -1,0 +1,82 @@
+"""Several small products in one launch (Triton): a program takes 16 tokens and 64 columns of one of them.
+
+Without a backward pass. Sums are fp32; an activation is computed in fp32 and rounded to the dtype, as the
+separate operations do.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hrwkv.kernels.low_rank.naive import Activation
+
+TOKENS, COLUMNS, RANKS = 16, 64, 64  # of a program's tiles
+
+
+@torch.no_grad()
+def expand(
+    inner: Sequence[Tensor], up: Sequence[Tensor], *, activations: Sequence[Activation]
+) -> list[Tensor]:
+    """The contract is ``hrwkv.kernels.low_rank.expand``'s, but for gradients."""
+    out = [x.new_empty(len(x), w.shape[1]) for x, w in zip(inner, up, strict=True)]
+    starts = tuple(accumulate((triton.cdiv(w.shape[1], COLUMNS) for w in up), initial=0))
+    grid = (starts[-1], triton.cdiv(len(inner[0]), TOKENS))
+    with torch.cuda.device_of(inner[0]):
+        _expand[grid](
+            tuple(out),
+            tuple(inner),
+            tuple(x.stride() for x in inner),
+            tuple(up),
+            tuple(w.stride() for w in up),
+            tuple(tuple(w.shape) for w in up),  # a torch.Size is no tuple to Triton 3.6
+            len(inner[0]),
+            STARTS=starts,
+            ACTIVATIONS=tuple(activations),
+            BT=TOKENS,
+            BC=COLUMNS,
+            BR=RANKS,
+        )
+    return out
+
+
+@triton.jit
+def _expand(
+    out,  # [T, C] each
+    inner,  # [T, R] each
+    inner_strides,
+    up,  # [R, C] each
+    up_strides,
+    shapes,  # (R, C) each
+    num_tokens,
+    STARTS: tl.constexpr,  # each product's first program, and the number of programs
+    ACTIVATIONS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+):
+    program = tl.program_id(0)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    is_token = (token < num_tokens)[:, None]
+    for i in tl.static_range(len(ACTIVATIONS)):
+        if (program >= STARTS[i]) & (program < STARTS[i + 1]):
+            column = (program - STARTS[i]) * BC + tl.arange(0, BC)
+            is_column = (column < shapes[i][1])[None, :]
+            total = tl.zeros([BT, BC], tl.float32)
+            for start in range(0, shapes[i][0], BR):
+                rank = start + tl.arange(0, BR)
+                is_rank = rank < shapes[i][0]
+                place = token[:, None] * inner_strides[i][0] + rank[None, :] * inner_strides[i][1]
+                x = tl.load(inner[i] + place, mask=is_token & is_rank[None, :], other=0.0).to(tl.float32)
+                if ACTIVATIONS[i] == "tanh":
+                    x = 2 * tl.sigmoid(2 * x) - 1
+                if ACTIVATIONS[i] == "sigmoid":
+                    x = tl.sigmoid(x)
+                place = rank[:, None] * up_strides[i][0] + column[None, :] * up_strides[i][1]
+                w = tl.load(up[i] + place, mask=is_rank[:, None] & is_column, other=0.0)
+                total = tl.dot(x.to(w.dtype), w, total, input_precision="ieee")
+            place = token[:, None] * shapes[i][1] + column[None, :]
+            tl.store(out[i] + place, total.to(out[i].dtype.element_ty), mask=is_token & is_column)
