@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from hrwkv.engine.request import EngineError, Event, FinishReason, SamplingParams, TokenLogprob, Usage
+from hrwkv.engine.request import (
+    EngineError,
+    Event,
+    FinishReason,
+    GrammarError,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
 from hrwkv.engine.runner import Runner, Sampled, Scored, Step
 from hrwkv.engine.scheduler import Plan, Scheduler, Sequence
 from hrwkv.engine.text import TextStream
@@ -137,10 +145,13 @@ class EngineCore:
             self.abort(number)
 
     def fail_all(self, error: EngineError) -> None:
-        """End every request with an error."""
-        for job in list(self._jobs.values()):
-            self._fail(job, error)
-        self._pending = None
+        """The end: every request gets the error. The scheduler is not asked, which may be what is broken."""
+        jobs, self._jobs, self._pending, self.num_queued = self._jobs, {}, None, 0
+        self._owners.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        for job in jobs.values():
+            job.sink.fail(error)
 
     def step(self) -> None:
         """Launch one step and read one, itself or with ``overlap`` the one before.
@@ -201,9 +212,15 @@ class EngineCore:
             if each.sequence.is_finished:  # it ended while this step was on its way
                 continue
             job, choice = self._owners[each.sequence]
+            if each.failure is not None:
+                logger.error("request %d failed: %s", job.number, each.failure)
+                self._fail(job, each.failure)
+                continue
             self.scheduler.append(each.sequence, each.token)
             try:
                 self._deliver(job, choice, each, now)
+            except GrammarError as error:
+                self._fail(job, error)
             except Exception as error:
                 logger.exception("request %d failed", job.number)
                 self._fail(job, EngineError(f"the answer's text failed ({describe(error)})"))
@@ -260,7 +277,7 @@ class EngineCore:
         if all(other.sequence.is_finished for other in job.choices):
             self._forget(job)
 
-    def _fail(self, job: Job, error: EngineError) -> None:
+    def _fail(self, job: Job, error: EngineError | GrammarError) -> None:
         for choice in job.choices:
             if not choice.sequence.is_finished:
                 self.scheduler.finish(choice.sequence)

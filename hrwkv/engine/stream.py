@@ -18,7 +18,8 @@ from hrwkv.engine.request import Event
 class Request:
     """One submitted request: iterate over it once, from any thread or asyncio loop, for its events.
 
-    An iterator ends after the last event of the last choice, and raises EngineError if the engine failed.
+    An iterator ends after the last event of the last choice, and raises EngineError if the engine failed,
+    GrammarError if the text's grammar did.
     """
 
     def __init__(self, id: int, num_choices: int, *, cancel: Callable[[int], None]) -> None:

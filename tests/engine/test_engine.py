@@ -203,6 +203,25 @@ def test_a_dead_thread_fails_all_at_once(engine: Engine) -> None:
         engine.submit(prompt_of(4), greedy(1))
 
 
+def test_a_broken_scheduler_leaves_nobody_waiting(engine: Engine) -> None:
+    """Failing the requests asked the scheduler to free them; what it raised left the others for ever."""
+    gate = Gate(engine)
+    requests = [engine.submit(prompt_of(4), greedy(9)) for _ in range(3)]
+    assert gate.reached.wait(60)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("slots are free twice")
+
+    engine._core.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
+    engine._core.scheduler.finish = broken  # type: ignore[method-assign]
+    gate.open.set()
+    engine._thread.join(60)
+    for request in requests:
+        assert isinstance(request._error, EngineError)
+    stats = engine.stats()
+    assert (stats.running, stats.queued, stats.healthy) == (0, 0, False)
+
+
 def test_close_lets_finish_and_refuses_the_next() -> None:
     engine = make_engine()
     request = engine.submit(prompt_of(4), greedy(9))
