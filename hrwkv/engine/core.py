@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -28,8 +28,8 @@ from hrwkv.engine.scheduler import Plan, Scheduler, Sequence
 from hrwkv.engine.text import TextStream
 
 logger = logging.getLogger(__name__)
-# Kept for whoever drains them; without a reader the oldest go.
-MAX_LATENCIES = 2**16
+# Seconds up to which each bucket of a histogram counts; one more holds the rest.
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Sink(Protocol):
@@ -87,14 +87,34 @@ class Job:
 
 
 @dataclass
+class Histogram:
+    """How many times, in seconds, were up to each of ``BOUNDS`` and above the one before; and their sum."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one time."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        return Histogram(list(self.counts), self.total)
+
+
+@dataclass
 class Totals:
-    """What has happened since the start; seconds of ``first_token`` and ``inter_token`` until drained."""
+    """What has happened since the start.
+
+    first_token: from a request to each choice's first token. inter_token: from token to token of one choice.
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preempted: int = 0
-    first_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
-    inter_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
+    first_token: Histogram = field(default_factory=Histogram)
+    inter_token: Histogram = field(default_factory=Histogram)
 
 
 class EngineCore:
@@ -249,9 +269,9 @@ class EngineCore:
         self.totals.generated_tokens += 1
         job.num_generated += 1
         if choice.last_time is None:
-            self.totals.first_token.append(now - job.arrived)
+            self.totals.first_token.add(now - job.arrived)
         else:
-            self.totals.inter_token.append(now - choice.last_time)
+            self.totals.inter_token.add(now - choice.last_time)
         choice.last_time = now
         logprob, wanted = sampled.logprob, job.params.logprobs
         if logprob is not None:  # with as many rivals as any sequence of the step asked for

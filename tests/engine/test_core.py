@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrwkv.engine.core import BOUNDS, Histogram
 from hrwkv.engine.grammar import GrammarState
 from hrwkv.engine.request import EngineError, Grammar, GrammarError, SamplingParams
 from hrwkv.model.modeling import HybridModel
@@ -346,6 +347,19 @@ def poison(token: int, kind: str) -> HybridModel:
 
     embedding.register_forward_hook(spoil)
     return model
+
+
+def test_no_time_between_tokens_is_lost() -> None:
+    """Of those between two scrapes the last 65,536 were kept: a GPU makes as many in seconds."""
+    histogram = Histogram()
+    for seconds in (0.0, 0.001, 0.0011, 120.0, 121.0):
+        histogram.add(seconds)
+    assert histogram.counts == [2, 1, *[0] * 13, 1, 1]
+    assert len(histogram.counts) == len(BOUNDS) + 1
+    assert histogram.total == pytest.approx(241.0021)
+    for _ in range(2**17):
+        histogram.add(0.3)
+    assert sum(histogram.counts) == 2**17 + 5
 
 
 HOW: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": 1, "n": 2}]

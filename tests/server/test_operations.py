@@ -60,7 +60,8 @@ def test_refusals(path: str, body: dict[str, Any], says: str) -> None:
 
 
 def test_metrics_are_prometheus_text() -> None:
-    text = ask(fake_app(engine()), "/metrics").text
+    app = fake_app(engine())
+    text = ask(app, "/metrics").text
     samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
     for name in ("queued", "running", "kv_blocks_used", "state_slots_total", "state_bytes", "kv_bytes"):
         assert samples[f"hrwkv_{name}"] == 3
@@ -69,6 +70,11 @@ def test_metrics_are_prometheus_text() -> None:
     assert samples["hrwkv_healthy"] == 1
     assert samples["hrwkv_time_to_first_token_seconds_count"] == 1
     assert samples["hrwkv_inter_token_seconds_sum"] == pytest.approx(0.04)
+    buckets = [line for line in text.splitlines() if line.startswith("hrwkv_inter_token_seconds_bucket")]
+    assert [line.rsplit(" ", 1)[1] for line in buckets] == [*["0.0"] * 3, "1.0", "1.0", *["2.0"] * 12]
+    assert 'le="0.01"' in buckets[3]
+    assert 'le="+Inf"' in buckets[-1]
+    assert ask(app, "/metrics").text.count("hrwkv_inter_token_seconds_count 2.0") == 1  # the same again
 
 
 def test_version_is_the_packages() -> None:
