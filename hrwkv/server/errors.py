@@ -76,7 +76,7 @@ class ErrorBody(BaseModel):
 
 # What any route may answer with, for the OpenAPI document.
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 422, 429, 500, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
 }
 
 

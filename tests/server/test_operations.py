@@ -97,7 +97,7 @@ def test_the_document_describes_every_route_and_error() -> None:
     routes = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/ready"}
     assert routes <= set(document["paths"])
     described = document["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"400", "401", "404", "413", "422", "429", "503"} <= set(described)
+    assert {"400", "401", "404", "408", "413", "422", "429", "503"} <= set(described)
     assert "HTTPValidationError" not in json.dumps(document)
 
 
