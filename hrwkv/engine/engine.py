@@ -7,7 +7,6 @@ model. If that thread fails, every request fails at once and ``is_alive`` turns 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 import threading
@@ -118,6 +117,8 @@ class Engine:
     def open(cls, path: Path | str, settings: EngineSettings | None = None) -> Engine:
         """An engine on one of our directories or a teacher's. Raises CheckpointError or ValueError."""
         path, settings = Path(path), settings or EngineSettings()
+        if not path.is_dir():
+            raise ValueError(f"{path} is no directory: give that of a model on this machine")
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,7 +292,7 @@ def _collect(request: Request, num_choices: int) -> list[Answer]:
 
 def _answer(events: list[Event]) -> Answer:
     """All events of one choice as one."""
-    whole = functools.reduce(join, events)
+    whole = join(events)
     assert whole.finish_reason is not None
     return Answer(whole.text, whole.tokens, whole.finish_reason, whole.logprobs)
 

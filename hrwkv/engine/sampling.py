@@ -228,7 +228,7 @@ def sample(
     wanted = batch.logprobs
     scores = None if wanted is None else token_logprobs(logits, tokens, top=wanted)
     # A maximum is NaN if any logit is, so this costs no pass over the vocabulary.
-    return SampleResult(tokens, peak.squeeze(-1).isfinite(), scores)
+    return SampleResult(tokens, peak.squeeze(-1).abs() < math.inf, scores)
 
 
 def adjust_logits(

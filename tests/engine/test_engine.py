@@ -256,6 +256,8 @@ def test_the_shipped_teacher_opens(tmp_path: Path) -> None:
         assert answer.text == engine.tokenizer.decode(list(answer.tokens))
     bare = tmp_path / "bare"
     shutil.copytree(SHIPPED, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        Engine.open(tmp_path / "nowhere", EngineSettings(device="cpu"))
     with pytest.raises(ValueError, match="no tokenizer that opens"):
         Engine.open(bare, EngineSettings(device="cpu"))
     if not torch.cuda.is_available():
