@@ -55,16 +55,27 @@ def build_core(
         dtype=weight.dtype,
         state_dtype=getattr(torch, settings.state_dtype),
     )
-    logger.info(
-        "memory for %d sequences (%d bytes each) and %d blocks of %d tokens (%d bytes each)",
-        *(sizes.slots, sizes.slot_bytes, sizes.blocks, sizes.block_size, sizes.block_bytes),
-    )
-    runner = Runner(model, cache, sizes, max_context=longest_context(model, settings, sizes=sizes))
+    context = longest_context(model, settings, sizes=sizes)
+    logger.info("cache: %s", describe(sizes, context=context))
+    trained = model.config.max_position_embeddings
+    if context > trained:
+        logger.warning("contexts of up to %d tokens; the model's config says %d", context, trained)
+    runner = Runner(model, cache, sizes, max_context=context)
     if settings.cuda_graphs != "off" and weight.is_cuda:
         runner.use_graphs(now=settings.cuda_graphs == "startup")
     scheduler = Scheduler(Memory(sizes, swap_bytes=settings.swap_bytes), step_tokens=settings.step_tokens)
     overlap = weight.is_cuda if settings.overlap == "auto" else settings.overlap == "on"
     return EngineCore(runner, scheduler, overlap=overlap, clock=clock)
+
+
+def describe(sizes: MemorySizes, *, context: int) -> str:
+    """What fits, in one line."""
+    states, keys = sizes.slots * sizes.slot_bytes / 2**20, sizes.blocks * sizes.block_bytes / 2**20
+    tokens = "any number of" if sizes.kv_tokens is None else f"{sizes.kv_tokens:,}"
+    return (
+        f"{sizes.slots} sequences at once (states: {states:,.0f} MiB), {tokens} tokens in all "
+        f"(keys and values: {keys:,.0f} MiB), at most {context:,} a sequence"
+    )
 
 
 def longest_context(model: HybridModel, settings: EngineSettings, *, sizes: MemorySizes) -> int:

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from hrwkv.engine.request import EngineError, Event, FinishReason, SamplingParams, TokenLogprob, Usage
+from hrwkv.engine.request import (
+    EngineError,
+    Event,
+    FinishReason,
+    GrammarError,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
 from hrwkv.engine.runner import Runner, Sampled, Scored, Step
 from hrwkv.engine.scheduler import Plan, Scheduler, Sequence
 from hrwkv.engine.text import TextStream
 
 logger = logging.getLogger(__name__)
-# Kept for whoever drains them; without a reader the oldest go.
-MAX_LATENCIES = 2**16
+# Seconds up to which each bucket of a histogram counts; one more holds the rest.
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Sink(Protocol):
@@ -79,14 +87,34 @@ class Job:
 
 
 @dataclass
+class Histogram:
+    """How many times, in seconds, were up to each of ``BOUNDS`` and above the one before; and their sum."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one time."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        return Histogram(list(self.counts), self.total)
+
+
+@dataclass
 class Totals:
-    """What has happened since the start; seconds of ``first_token`` and ``inter_token`` until drained."""
+    """What has happened since the start.
+
+    first_token: from a request to each choice's first token. inter_token: from token to token of one choice.
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preempted: int = 0
-    first_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
-    inter_token: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_LATENCIES))
+    first_token: Histogram = field(default_factory=Histogram)
+    inter_token: Histogram = field(default_factory=Histogram)
 
 
 class EngineCore:
@@ -137,10 +165,13 @@ class EngineCore:
             self.abort(number)
 
     def fail_all(self, error: EngineError) -> None:
-        """End every request with an error."""
-        for job in list(self._jobs.values()):
-            self._fail(job, error)
-        self._pending = None
+        """The end: every request gets the error. The scheduler is not asked, which may be what is broken."""
+        jobs, self._jobs, self._pending, self.num_queued = self._jobs, {}, None, 0
+        self._owners.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        for job in jobs.values():
+            job.sink.fail(error)
 
     def step(self) -> None:
         """Launch one step and read one, itself or with ``overlap`` the one before.
@@ -201,9 +232,15 @@ class EngineCore:
             if each.sequence.is_finished:  # it ended while this step was on its way
                 continue
             job, choice = self._owners[each.sequence]
+            if each.failure is not None:
+                logger.error("request %d failed: %s", job.number, each.failure)
+                self._fail(job, each.failure)
+                continue
             self.scheduler.append(each.sequence, each.token)
             try:
                 self._deliver(job, choice, each, now)
+            except GrammarError as error:
+                self._fail(job, error)
             except Exception as error:
                 logger.exception("request %d failed", job.number)
                 self._fail(job, EngineError(f"the answer's text failed ({describe(error)})"))
@@ -232,9 +269,9 @@ class EngineCore:
         self.totals.generated_tokens += 1
         job.num_generated += 1
         if choice.last_time is None:
-            self.totals.first_token.append(now - job.arrived)
+            self.totals.first_token.add(now - job.arrived)
         else:
-            self.totals.inter_token.append(now - choice.last_time)
+            self.totals.inter_token.add(now - choice.last_time)
         choice.last_time = now
         logprob, wanted = sampled.logprob, job.params.logprobs
         if logprob is not None:  # with as many rivals as any sequence of the step asked for
@@ -260,7 +297,7 @@ class EngineCore:
         if all(other.sequence.is_finished for other in job.choices):
             self._forget(job)
 
-    def _fail(self, job: Job, error: EngineError) -> None:
+    def _fail(self, job: Job, error: EngineError | GrammarError) -> None:
         for choice in job.choices:
             if not choice.sequence.is_finished:
                 self.scheduler.finish(choice.sequence)

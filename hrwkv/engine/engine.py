@@ -7,7 +7,6 @@ model. If that thread fails, every request fails at once and ``is_alive`` turns 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 import threading
@@ -23,7 +22,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hrwkv.engine.build import build_core, fit_memory, longest_context
-from hrwkv.engine.core import Job
+from hrwkv.engine.core import Histogram, Job
 from hrwkv.engine.grammar import GrammarCompiler
 from hrwkv.engine.intake import Intake
 from hrwkv.engine.request import (
@@ -47,13 +46,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine at one moment; tokens and preempted count since the start, bytes are those in use."""
+    """The engine at one moment; tokens, preempted and times count since the start, bytes are those in use.
+
+    first_token: from a request to each choice's first token; inter_token: from token to token of one choice.
+    """
 
     queued: int
     running: int
     prompt_tokens: int
     generated_tokens: int
     preempted: int
+    first_token: Histogram
+    inter_token: Histogram
     kv_blocks_used: int
     kv_blocks_total: int
     state_slots_used: int
@@ -61,14 +65,6 @@ class EngineStats:
     state_bytes: int
     kv_bytes: int
     healthy: bool
-
-
-@dataclass(frozen=True)
-class Latencies:
-    """Seconds from a request to each choice's first token, and from token to token of one choice."""
-
-    first_token: list[float]
-    inter_token: list[float]
 
 
 @dataclass(frozen=True)
@@ -122,6 +118,8 @@ class Engine:
     def open(cls, path: Path | str, settings: EngineSettings | None = None) -> Engine:
         """An engine on one of our directories or a teacher's. Raises CheckpointError or ValueError."""
         path, settings = Path(path), settings or EngineSettings()
+        if not path.is_dir():
+            raise ValueError(f"{path} is no directory: give that of a model on this machine")
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,6 +202,8 @@ class Engine:
             prompt_tokens=core.totals.prompt_tokens,
             generated_tokens=core.totals.generated_tokens,
             preempted=core.totals.preempted,
+            first_token=core.totals.first_token.copy(),
+            inter_token=core.totals.inter_token.copy(),
             kv_blocks_used=blocks,
             kv_blocks_total=sizes.blocks,
             state_slots_used=slots,
@@ -212,11 +212,6 @@ class Engine:
             kv_bytes=blocks * sizes.block_bytes,
             healthy=self.is_alive,
         )
-
-    def drain_latencies(self) -> Latencies:
-        """What was measured since the last call."""
-        totals = self._core.totals
-        return Latencies(list(_drain(totals.first_token)), list(_drain(totals.inter_token)))
 
     def close(self, timeout: float = 30.0) -> None:
         """Take no more requests, let those that are there finish for ``timeout`` seconds, abort the rest."""
@@ -298,7 +293,7 @@ def _collect(request: Request, num_choices: int) -> list[Answer]:
 
 def _answer(events: list[Event]) -> Answer:
     """All events of one choice as one."""
-    whole = functools.reduce(join, events)
+    whole = join(events)
     assert whole.finish_reason is not None
     return Answer(whole.text, whole.tokens, whole.finish_reason, whole.logprobs)
 

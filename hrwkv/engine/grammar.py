@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hrwkv.engine.request import Grammar
+from hrwkv.engine.request import Grammar, GrammarError
 
 WORD = 32
 
@@ -40,8 +40,8 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> GrammarState:
         """The state at the beginning of a text.
 
-        Raises ValueError for a grammar that is wrong or too large, for a tokenizer that cannot be used with
-        grammars, and without llguidance.
+        Raises GrammarError for a grammar that is wrong or too large, ValueError for a tokenizer that cannot
+        be used with grammars, and without llguidance.
         """
         matcher_class, tokenizer = self._library.LLMatcher, self._vocabulary
         build = {
@@ -90,7 +90,7 @@ class GrammarState:
         """Write the tokens allowed next into a row of ``allocate_mask``; not after the end.
 
         may_end: False (before ``min_tokens``) leaves out the end tokens, unless only they are allowed. Raises
-        ValueError if the grammar turns out too complex.
+        GrammarError if the grammar turns out too complex.
         """
         from llguidance.numpy import fill_next_token_bitmask
 
@@ -106,7 +106,7 @@ class GrammarState:
             mask[row] = rest
 
     def accept(self, token: int) -> None:
-        """Move past a token. Raises ValueError if the mask did not allow it, or if it became too complex."""
+        """Move past a token. Raises GrammarError if the mask did not allow it, or for too much complexity."""
         self._matcher.consume_token(token)
         self.check("the grammar cannot go on")
 
@@ -115,7 +115,7 @@ class GrammarState:
         return GrammarState(self._matcher.deep_copy(), end_ids=self._end_ids)
 
     def check(self, what: str) -> None:
-        """Raise ValueError, in one line, if the matcher has failed."""
+        """Raise GrammarError, in one line, if the matcher has failed."""
         if self._matcher.is_error():
             first, *_ = self._matcher.get_error().split("<state>")
-            raise ValueError(f"{what}: {' '.join(first.split())[:300]}")
+            raise GrammarError(f"{what}: {' '.join(first.split())[:300]}")

@@ -108,17 +108,10 @@ def measure_decode(
         raise ValueError(f"{batch} sequences of {length} tokens do not fit in the cache, {fits} do")
     params = SamplingParams(max_tokens=length - context, temperature=0.0, ignore_eos=True)
     _wait(engine, lambda stats: not stats.running and not stats.queued)
-    engine.drain_latencies()
+    before = sum(engine.stats().first_token.counts)
     requests = [engine.submit(random_prompt(engine, context, seed=row), params) for row in range(batch)]
     try:
-        num_started = 0
-
-        def all_started(stats: EngineStats) -> bool:
-            nonlocal num_started
-            num_started += len(engine.drain_latencies().first_token)
-            return num_started == batch
-
-        begun = _wait(engine, all_started).generated_tokens
+        begun = _wait(engine, lambda stats: sum(stats.first_token.counts) == before + batch).generated_tokens
         # From just after one step's tokens to just after another's.
         first = _wait(engine, lambda stats: stats.generated_tokens > begun)
         start = time.perf_counter()

@@ -28,6 +28,10 @@ class CapacityError(ValueError):
     """A request that no empty engine could hold: too long for the model or the cache (HTTP 400)."""
 
 
+class GrammarError(ValueError):
+    """A grammar that is wrong, or became too complex while a text followed it (HTTP 400)."""
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What the text must match: a JSON schema, a regular expression, or a Lark grammar, as text."""
@@ -125,11 +129,11 @@ def _check_numbers(params: SamplingParams) -> None:
         "min_p": (0.0, 1.0),
         "presence_penalty": (-2.0, 2.0),
         "frequency_penalty": (-2.0, 2.0),
-        "repetition_penalty": (0.0, 100.0),
+        "repetition_penalty": (0.01, 100.0),  # less would make logits infinite
     }
     for name, (low, high) in ranges.items():
         value = getattr(params, name)
-        excluded = name in ("top_p", "repetition_penalty") and value == 0
+        excluded = name == "top_p" and value == 0
         if not math.isfinite(value) or not low <= value <= high or excluded:
             expected = f"more than {low} and at most {high}" if name == "top_p" else f"{low} to {high}"
             raise ValueError(f"{name} is {value!r}, expected a number, {expected}")

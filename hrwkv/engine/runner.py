@@ -18,7 +18,7 @@ from torch import Tensor
 from hrwkv.engine.decode_graphs import DecodeGraphs
 from hrwkv.engine.grammar import allocate_mask
 from hrwkv.engine.memory import MemorySizes
-from hrwkv.engine.request import TokenLogprob
+from hrwkv.engine.request import EngineError, GrammarError, TokenLogprob
 from hrwkv.engine.sampling import (
     SamplingBatch,
     SequenceSampling,
@@ -34,6 +34,7 @@ from hrwkv.model.modeling import HybridModel
 
 logger = logging.getLogger(__name__)
 UNREAD = -1  # a token id that only the device knows yet
+NOT_FINITE = -2  # instead of the token of a row whose logits are not finite
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A sequence's next token; its log-probability if some member of the batch asked for any."""
+    """A sequence's next token; its log-probability if some member of the batch asked for any.
+
+    failure: why there is none; the sequence cannot go on.
+    """
 
     sequence: Sequence
     token: int
     logprob: TokenLogprob | None
+    failure: EngineError | GrammarError | None
 
 
 class Step:
@@ -62,10 +67,15 @@ class Step:
         self._tokens: Tensor | None = None
         self._logprobs: TokenLogprobs | None = None
         self._scored: list[tuple[Sequence, int, list[int], TokenLogprobs]] = []
+        self._failures: dict[Sequence, GrammarError] = {}
         self._done: torch.cuda.Event | None = None
 
+    def add_failure(self, sequence: Sequence, failure: GrammarError) -> None:
+        """A sequence whose next token means nothing."""
+        self._failures[sequence] = failure
+
     def set_tokens(self, tokens: Tensor, logprobs: TokenLogprobs | None) -> None:
-        """Sampled tokens [N] and their log-probabilities, on the device."""
+        """Sampled tokens [N], or NOT_FINITE, and their log-probabilities, on the device."""
         self._tokens, self._logprobs = _to_host(tokens), _all_to_host(logprobs)
 
     def add_scores(self, sequence: Sequence, first: int, *, tokens: list[int], scores: TokenLogprobs) -> None:
@@ -94,7 +104,17 @@ class Step:
         logprobs: Rows[TokenLogprob | None] = [None] * len(tokens)
         if self._logprobs is not None:
             logprobs = _logprob_rows(self._logprobs, tokens)
-        return [Sampled(*row) for row in zip(self._sampled, tokens, logprobs, strict=True)], scored
+        rows = zip(self._sampled, tokens, logprobs, strict=True)
+        return [Sampled(*row, self._failure(row[0], token=row[1])) for row in rows], scored
+
+    def _failure(self, sequence: Sequence, *, token: int) -> EngineError | GrammarError | None:
+        if token == NOT_FINITE and sequence not in self._failures:
+            place = len(sequence.tokens) - sequence.num_prompt
+            return EngineError(
+                f"the model's logits are not finite (NaN or infinity) at token {place} of the answer: "
+                "its weights or this prompt make it overflow"
+            )
+        return self._failures.get(sequence)
 
 
 class Runner:
@@ -245,11 +265,10 @@ class Runner:
             )
         places = np.stack([slots, [piece.start + piece.count for piece in drawn]])
         device_slots, positions = self._upload(places)
-        result = sample(
-            logits, self._batch, positions=positions, bitmask=self._bitmask(sequences, logits.shape[1])
-        )
+        bitmask = self._bitmask(sequences, step, vocab_size=logits.shape[1])
+        result = sample(logits, self._batch, positions=positions, bitmask=bitmask)
         self._last_tokens[device_slots] = result.tokens
-        step.set_tokens(result.tokens, result.logprobs)
+        step.set_tokens(result.tokens.where(result.is_finite, NOT_FINITE), result.logprobs)
 
     def _count_tokens(self, sequence: Sequence, slot: int) -> None:
         """Fill the counts of a sequence with penalties that has just been seated: all its tokens are read."""
@@ -259,8 +278,8 @@ class Runner:
             self._counts.fill(slot, prompt=sequence.tokens[:prompt], generated=sequence.tokens[prompt:])
             self._counted[slot] = sequence.blocks
 
-    def _bitmask(self, sequences: list[Sequence], vocab_size: int) -> Tensor | None:
-        """What grammars allow, [N, ceil(V / 32)] int32."""
+    def _bitmask(self, sequences: list[Sequence], step: Step, *, vocab_size: int) -> Tensor | None:
+        """What grammars allow, [N, ceil(V / 32)] int32; one that becomes too complex fails its sequence."""
         if all(sequence.grammar is None for sequence in sequences):
             return None
         mask = allocate_mask(len(sequences), vocab_size)
@@ -268,7 +287,10 @@ class Runner:
             if sequence.grammar is not None and sequence.sampling is not None:
                 generated = len(sequence.tokens) - sequence.num_prompt
                 may_end = generated >= sequence.sampling.params.min_tokens
-                sequence.grammar.fill_mask(mask, row, may_end=may_end)
+                try:
+                    sequence.grammar.fill_mask(mask, row, may_end=may_end)
+                except GrammarError as error:
+                    step.add_failure(sequence, error)
         return self._upload(mask)
 
     def _upload(self, array: np.ndarray) -> Tensor:

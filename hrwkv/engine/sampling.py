@@ -26,6 +26,7 @@ from hrwkv.kernels.sampling import kept_edge
 
 # Tokens of a block in a draw; about the square root of a vocabulary, so that both steps are small.
 BLOCK = 512
+TINY = torch.finfo(torch.float32).tiny
 # SplitMix64 (Steele, Lea, Flood 2014): its increment and its finaliser, as signed 64-bit numbers.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -194,9 +195,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """tokens: [N] int64. logprobs: if a member asked, with the most alternatives that any asked for."""
+    """tokens: [N] int64. logprobs: if a member asked, with the most alternatives that any asked for.
+
+    is_finite: [N] bool, False where the largest logit is no number or infinite: such a row's token means
+    nothing.
+    """
 
     tokens: Tensor
+    is_finite: Tensor
     logprobs: TokenLogprobs | None
 
 
@@ -220,7 +226,9 @@ def sample(
     if batch.penalties is not None:
         batch.penalties.counts.add(batch.penalties.slots, tokens[batch.penalties.rows])
     wanted = batch.logprobs
-    return SampleResult(tokens, None if wanted is None else token_logprobs(logits, tokens, top=wanted))
+    scores = None if wanted is None else token_logprobs(logits, tokens, top=wanted)
+    # A maximum is NaN if any logit is, so this costs no pass over the vocabulary.
+    return SampleResult(tokens, peak.squeeze(-1).abs() < math.inf, scores)
 
 
 def adjust_logits(
@@ -351,7 +359,8 @@ def _filters(
     min_p = [math.log(each.min_p) if each.min_p else -math.inf for each in params]
     top_p = [each.top_p if each.top_p < 1 else 2.0 for each in params]
     return Filters(
-        temperature=_column([each.temperature or 1.0 for each in params], torch.float32, device),
+        # fp32 would round the smallest to 0, and 0 / 0 is NaN.
+        temperature=_column([max(each.temperature or 1.0, TINY) for each in params], torch.float32, device),
         greedy=_tensor(greedy, torch.bool, device) if any(greedy) else None,
         log_min_p=_column(min_p, torch.float32, device) if any(each.min_p for each in drawn) else None,
         top_k=_column(limits, torch.int64, device) if asked else None,

@@ -1,16 +1,17 @@
 """``Request``: the reader's end of an answer, sync or async, filled by the engine's thread.
 
-Events that nobody has read yet are joined, so a slow reader costs no more memory than its answer and never
-holds the engine up. An asyncio reader is woken in its own loop; nothing polls.
+Events that nobody has read yet are joined when somebody does, so the engine's thread pays the same for each,
+however slow its reader is. An asyncio reader is woken in its own loop; nothing polls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 from hrwkv.engine.request import Event
 
@@ -18,14 +19,15 @@ from hrwkv.engine.request import Event
 class Request:
     """One submitted request: iterate over it once, from any thread or asyncio loop, for its events.
 
-    An iterator ends after the last event of the last choice, and raises EngineError if the engine failed.
+    An iterator ends after the last event of the last choice, and raises EngineError if the engine failed,
+    GrammarError if the text's grammar did.
     """
 
     def __init__(self, id: int, num_choices: int, *, cancel: Callable[[int], None]) -> None:
         self.id = id
         self._cancel = cancel
         self._open = num_choices
-        self._pending: dict[int, Event] = {}  # one joined event a choice, the oldest first
+        self._pending: dict[int, list[Event]] = {}  # unread ones of each choice, the oldest choice first
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._wakers: list[Callable[[], None]] = []
@@ -70,8 +72,7 @@ class Request:
     def put(self, event: Event) -> None:
         """Called by the engine: an event for the reader."""
         with self._changed:
-            earlier = self._pending.get(event.index)
-            self._pending[event.index] = event if earlier is None else join(earlier, event)
+            self._pending.setdefault(event.index, []).append(event)
             self._open -= event.finish_reason is not None
             self._notify()
 
@@ -90,19 +91,20 @@ class Request:
         with self._changed:
             while waits and not self._pending and self._open:
                 self._changed.wait()
-            if self._pending:
-                return self._pending.pop(next(iter(self._pending)))
-            if self._error is not None:
-                raise self._error
-            return None
+            if not self._pending:
+                if self._error is not None:
+                    raise self._error
+                return None
+            events = self._pending.pop(next(iter(self._pending)))
+        return join(events)
 
 
-def join(first: Event, second: Event) -> Event:
-    """Two successive events of one choice as one."""
+def join(events: Sequence[Event]) -> Event:
+    """Successive events of one choice, at least one, as one."""
     return replace(
-        second,
-        text=first.text + second.text,
-        tokens=first.tokens + second.tokens,
-        logprobs=first.logprobs + second.logprobs,
-        prompt_logprobs=second.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
+        events[-1],
+        text="".join(event.text for event in events),
+        tokens=tuple(chain.from_iterable(event.tokens for event in events)),
+        logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
+        prompt_logprobs=next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None),
     )

@@ -4,8 +4,10 @@ Plain ASGI, so that streams pass."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -15,8 +17,11 @@ from hrwkv.server.errors import ApiError
 from hrwkv.server.metrics import Metrics
 from hrwkv.server.service import Service
 
+logger = logging.getLogger(__name__)
 # Probes have no key.
 OPEN_PATHS = {"/health", "/ready"}
+# For a whole body to come.
+BODY_SECONDS = 60.0
 
 
 class Gate:
@@ -39,8 +44,12 @@ class Gate:
             # Only known paths are labels: what clients make up must not fill the memory.
             self._metrics.count(getattr(scope.get("route"), "path", "other"), status)
 
+        is_begun = False
+
         async def counting_send(message: Message) -> None:
+            nonlocal is_begun
             if message["type"] == "http.response.start":
+                is_begun = True
                 count(message["status"])
             await send(message)
 
@@ -51,6 +60,13 @@ class Gate:
             return
         try:
             await self._app(scope, self._limited(receive), counting_send)
+        except asyncio.CancelledError:
+            if not self._service.draining.is_set():
+                raise
+            # The process ends, and a traceback for each answer would hide why.
+            logger.warning("cut off an answer of %s: the server stops", scope["path"])
+            if not is_begun:
+                await _stopping().response()(scope, receive, counting_send)
         except Exception:
             count(500)  # Starlette answers it outside of here
             raise
@@ -64,18 +80,29 @@ class Gate:
                 message = "no valid API key: send Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key")
         if self._service.draining.is_set() and scope["method"] == "POST":
-            raise ApiError(503, "the server is shutting down: ask another one", code="not_ready")
+            raise _stopping()
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._service.settings.max_body_bytes:
             raise self._too_large(f"{length[:20]} bytes")
 
     def _limited(self, receive: Receive) -> Receive:
-        """The same for a body that does not tell its size in advance."""
-        limit, read = self._service.settings.max_body_bytes, 0
+        """The same for a body that does not tell its size in advance, and a limit to the time that it takes.
+
+        What has come of a body is kept in memory, which clients that never end theirs would fill.
+        """
+        limit, read, is_whole = self._service.settings.max_body_bytes, 0, False
+        end = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def counting() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, is_whole
+            try:
+                # Behind a body only the client's leaving is waited for.
+                async with asyncio.timeout_at(None if is_whole else end):
+                    message = await receive()
+            except TimeoutError as error:
+                late = f"the body has not come in {BODY_SECONDS:.0f} s"
+                raise ApiError(408, late, code="body_timeout") from error
+            is_whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > limit:
                 raise self._too_large(f"more than {limit} bytes")
@@ -86,6 +113,10 @@ class Gate:
     def _too_large(self, came: str) -> ApiError:
         limit = self._service.settings.max_body_bytes
         return ApiError(413, f"the body has {came}, expected at most {limit}", code="body_too_large")
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is shutting down: ask another one", code="not_ready")
 
 
 def _digest(key: str) -> bytes:

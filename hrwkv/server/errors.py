@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from hrwkv.engine.request import CapacityError, EngineError, QueueFullError
+from hrwkv.engine.request import CapacityError, EngineError, GrammarError, QueueFullError
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -76,7 +76,7 @@ class ErrorBody(BaseModel):
 
 # What any route may answer with, for the OpenAPI document.
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 422, 429, 500, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
 }
 
 
@@ -90,6 +90,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="engine_unavailable")
     if isinstance(error, CapacityError):
         return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="grammar_failed")
     if isinstance(error, RecursionError):
         return ApiError(400, "the body is nested too deeply: make it flatter")
     logger.error("a request failed", exc_info=error)
@@ -123,6 +125,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(EngineError, refuse)
     app.add_exception_handler(CapacityError, refuse)
+    app.add_exception_handler(GrammarError, refuse)
     app.add_exception_handler(HTTPException, refuse_http)
     app.add_exception_handler(RequestValidationError, refuse_body)
     app.add_exception_handler(Exception, refuse)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from hrwkv.engine.core import BOUNDS, Histogram
 
 if TYPE_CHECKING:
     from hrwkv.engine.engine import Engine
 
-
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # Field of EngineStats -> what it is.
 COUNTERS = {
     "prompt_tokens": "Tokens of prompts that were read",
@@ -30,6 +31,11 @@ GAUGES = {
     "state_bytes": "Bytes of RWKV states",
     "kv_bytes": "Bytes of the KV cache",
 }
+# Field of EngineStats -> name, and what it is.
+HISTOGRAMS = {
+    "first_token": ("time_to_first_token", "From a request's arrival to its first token"),
+    "inter_token": ("inter_token", "From a token to the next one of the same sequence"),
+}
 
 
 class EngineCollector(Collector):
@@ -45,32 +51,28 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"hrwkv_{name}", meaning, value=getattr(stats, name))
         for name, meaning in GAUGES.items():
             yield GaugeMetricFamily(f"hrwkv_{name}", meaning, value=getattr(stats, name))
+        for field, (name, meaning) in HISTOGRAMS.items():
+            yield _histogram(f"hrwkv_{name}_seconds", meaning, getattr(stats, field))
         yield GaugeMetricFamily("hrwkv_healthy", "1 while the engine lives", value=self._engine.is_alive)
+
+
+def _histogram(name: str, meaning: str, found: Histogram) -> Metric:
+    """Prometheus counts what is up to each bound, all smaller values included."""
+    bounds = [*(repr(bound) for bound in BOUNDS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(found.counts), strict=True))
+    return HistogramMetricFamily(name, meaning, buckets=buckets, sum_value=found.total)
 
 
 class Metrics:
     """One registry for one server."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine))
         self._responses = Counter(
             "hrwkv_http_responses",
             "Answers by path and status; 499: the client left",
             ("path", "status"),
-            registry=self._registry,
-        )
-        self._first = Histogram(
-            "hrwkv_time_to_first_token_seconds",
-            "From a request's arrival to its first token",
-            buckets=SECONDS,
-            registry=self._registry,
-        )
-        self._next = Histogram(
-            "hrwkv_inter_token_seconds",
-            "From a token to the next one of the same sequence",
-            buckets=SECONDS,
             registry=self._registry,
         )
 
@@ -80,9 +82,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
-        latencies = self._engine.drain_latencies()
-        for seconds in latencies.first_token:
-            self._first.observe(seconds)
-        for seconds in latencies.inter_token:
-            self._next.observe(seconds)
         return generate_latest(self._registry)

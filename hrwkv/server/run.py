@@ -45,6 +45,9 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             ws="none",
+            # httptools, which "auto" prefers, takes headers without end.
+            http="h11",
+            lifespan="off",
         )
         super().__init__(config)
         self._service = service

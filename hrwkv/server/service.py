@@ -38,7 +38,7 @@ class Answer(Protocol):
         """Let the engine drop it; any number of times, from any thread."""
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        """Its events as they come; raises EngineError if the engine fails."""
+        """Its events as they come; raises EngineError and GrammarError."""
 
 
 async def started(answer: Answer) -> AsyncIterator[Event]:

@@ -70,6 +70,7 @@ class Reply:
     answers: Sequence[Answer]
     tally: Tally = field(default_factory=Tally)
     created: int = field(default_factory=lambda: int(time.time()))
+    started: float = field(default_factory=lambda: time.monotonic())
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     async def respond(self, request: Request, *, stream: bool, include_usage: bool) -> Response:
@@ -128,7 +129,7 @@ class Reply:
     def _log(self) -> None:
         usage = self.tally.body()
         tokens = f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
-        logger.info("%s-%s: %s in %.2f s", self.kind, self.number, tokens, time.time() - self.created)
+        logger.info("%s-%s: %s in %.2f s", self.kind, self.number, tokens, time.monotonic() - self.started)
 
 
 class EventStream(StreamingResponse):

@@ -66,7 +66,7 @@ class Reader:
     def put(self, event: Event) -> None:
         earlier = self.events.get(event.index)
         assert earlier is None or earlier.finish_reason is None
-        self.events[event.index] = event if earlier is None else join(earlier, event)
+        self.events[event.index] = event if earlier is None else join([earlier, event])
 
     def fail(self, error: Exception) -> None:
         assert self.error is None

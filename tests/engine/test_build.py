@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import pytest
 
 from hrwkv.engine.build import build_core, fit_memory, longest_context
@@ -40,3 +43,17 @@ def test_a_state_in_bf16_needs_a_gpu() -> None:
     settings = EngineSettings(device="cpu", state_dtype="bfloat16")
     with pytest.raises(ValueError, match="state_dtype is bfloat16, expected float32 without a GPU"):
         build_core(model_of("hybrid"), settings, sizes=sizes_of("hybrid", slots=1, blocks=1))
+
+
+def test_the_log_says_what_fits_and_warns_of_contexts_longer_than_the_models(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    build_core(model_of("hybrid"), SETTINGS, sizes=sizes_of("hybrid", slots=3, blocks=100))
+    assert "3 sequences at once (states: 0 MiB), 400 tokens in all" in caplog.text
+    assert "at most 64 a sequence" in caplog.text
+    assert "the model's config says" not in caplog.text
+    longer = replace(SETTINGS, max_context=200)
+    build_core(model_of("all-linear"), longer, sizes=sizes_of("all-linear", slots=1, blocks=0))
+    assert "any number of tokens in all" in caplog.text
+    assert "contexts of up to 200 tokens; the model's config says 64" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrwkv.engine.request import EngineError, Grammar, SamplingParams
-from tests.builders import logits_of, random_ids
+from hrwkv.engine.core import BOUNDS, Histogram
+from hrwkv.engine.grammar import GrammarState
+from hrwkv.engine.request import EngineError, Grammar, GrammarError, SamplingParams
+from hrwkv.model.modeling import HybridModel
+from tests.builders import VOCAB, logits_of, random_ids
 from tests.engine.driver import KINDS, Driver, Reader, greedy, greedy_alone, model_of, sizes_of, tokenizer
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -330,6 +334,85 @@ def test_a_failed_text_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -
     driver.run()
     assert isinstance(first.error, EngineError)
     assert second.tokens() == greedy_alone("hybrid", tuple(prompts[1]), 6)
+    driver.assert_nothing_held()
+
+
+def poison(token: int, kind: str) -> HybridModel:
+    """A model in which this token makes everything that its sequence computes NaN."""
+    model = copy.deepcopy(model_of(kind))
+    embedding = model.model.embed_tokens
+
+    def spoil(_: Any, arguments: tuple[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.masked_fill((arguments[0] == token).unsqueeze(-1), torch.nan)
+
+    embedding.register_forward_hook(spoil)
+    return model
+
+
+def test_no_time_between_tokens_is_lost() -> None:
+    """Of those between two scrapes the last 65,536 were kept: a GPU makes as many in seconds."""
+    histogram = Histogram()
+    for seconds in (0.0, 0.001, 0.0011, 120.0, 121.0):
+        histogram.add(seconds)
+    assert histogram.counts == [2, 1, *[0] * 13, 1, 1]
+    assert len(histogram.counts) == len(BOUNDS) + 1
+    assert histogram.total == pytest.approx(241.0021)
+    for _ in range(2**17):
+        histogram.add(0.3)
+    assert sum(histogram.counts) == 2**17 + 5
+
+
+HOW: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": 1, "n": 2}]
+
+
+@kinds
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_logits_that_are_not_finite_fail_their_request_only(
+    kind: str, overlap: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, it said token 0 to its end. Its memory, NaN all over, spoils nobody that gets it."""
+    prompts = [prompt_of(5, seed) for seed in range(3)]
+    expected = [greedy_alone(kind, tuple(prompt), 6) for prompt in prompts]
+    bad = min(set(range(VOCAB)) - {token for row in (*prompts, *expected) for token in row})
+    driver = Driver(kind, model=poison(bad, kind), overlap=overlap)
+    monkeypatch.setattr(driver.core._runner, "recover", lambda: pytest.fail("a step failed"))
+    _, spoilt = driver.add([*prompt_of(4), bad, *prompt_of(3)], SamplingParams(max_tokens=6, **how))
+    beside = [driver.add(prompt, greedy(6))[1] for prompt in prompts[:2]]
+    driver.run()
+    assert isinstance(spoilt.error, EngineError)
+    assert str(spoilt.error).startswith("the model's logits are not finite")
+    assert not spoilt.events
+    driver.assert_nothing_held()
+    again = [driver.add(prompt, greedy(6))[1] for prompt in prompts]
+    driver.run()
+    assert [reader.tokens() for reader in (*beside, *again)] == [*expected[:2], *expected]
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("method", ["fill_mask", "accept"])
+def test_a_grammar_that_breaks_fails_its_request_only(
+    overlap: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine was said to have failed, and all that ran was computed again."""
+    pytest.importorskip("llguidance")
+    driver = Driver("hybrid", overlap=overlap)
+    monkeypatch.setattr(driver.core._runner, "recover", lambda: pytest.fail("a step failed"))
+    original, count = getattr(GrammarState, method), iter(range(100))
+
+    def break_later(*arguments: Any, **options: Any) -> None:
+        if next(count) == 2:
+            raise GrammarError("the grammar cannot go on: too many items")
+        original(*arguments, **options)
+
+    monkeypatch.setattr(GrammarState, method, break_later)
+    prompt = tuple(prompt_of(5))
+    _, other = driver.add(prompt, greedy(8))
+    _, reader = driver.add(prompt_of(6), SamplingParams(max_tokens=9, grammar=Grammar("regex", "[A-C]{9}")))
+    driver.run()
+    assert isinstance(reader.error, GrammarError)
+    assert len(reader.tokens()) == 2
+    assert other.tokens() == greedy_alone("hybrid", prompt, 8)
     driver.assert_nothing_held()
 
 

@@ -63,9 +63,8 @@ def test_generate_gives_each_prompt_its_own_answers_in_order(engine: Engine) -> 
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.generated_tokens) == (13, 30)
     assert (stats.queued, stats.running, stats.kv_blocks_used, stats.state_slots_used) == (0, 0, 0, 0)
-    latencies = engine.drain_latencies()
-    assert (len(latencies.first_token), len(latencies.inter_token)) == (6, 24)
-    assert engine.drain_latencies().first_token == []
+    assert (sum(stats.first_token.counts), sum(stats.inter_token.counts)) == (6, 24)
+    assert engine.stats().first_token == stats.first_token  # asking changes nothing
 
 
 def test_an_engine_multiplies_each_input_once(engine: Engine) -> None:
@@ -210,6 +209,25 @@ def test_a_dead_thread_fails_all_at_once(engine: Engine) -> None:
         engine.submit(prompt_of(4), greedy(1))
 
 
+def test_a_broken_scheduler_leaves_nobody_waiting(engine: Engine) -> None:
+    """Failing the requests asked the scheduler to free them; what it raised left the others for ever."""
+    gate = Gate(engine)
+    requests = [engine.submit(prompt_of(4), greedy(9)) for _ in range(3)]
+    assert gate.reached.wait(60)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("slots are free twice")
+
+    engine._core.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
+    engine._core.scheduler.finish = broken  # type: ignore[method-assign]
+    gate.open.set()
+    engine._thread.join(60)
+    for request in requests:
+        assert isinstance(request._error, EngineError)
+    stats = engine.stats()
+    assert (stats.running, stats.queued, stats.healthy) == (0, 0, False)
+
+
 def test_close_lets_finish_and_refuses_the_next() -> None:
     engine = make_engine()
     request = engine.submit(prompt_of(4), greedy(9))
@@ -245,6 +263,8 @@ def test_the_shipped_teacher_opens(tmp_path: Path) -> None:
         assert answer.text == engine.tokenizer.decode(list(answer.tokens))
     bare = tmp_path / "bare"
     shutil.copytree(SHIPPED, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        Engine.open(tmp_path / "nowhere", EngineSettings(device="cpu"))
     with pytest.raises(ValueError, match="no tokenizer that opens"):
         Engine.open(bare, EngineSettings(device="cpu"))
     if not torch.cuda.is_available():

@@ -282,8 +282,25 @@ def test_a_greedy_row_is_the_argmax_and_the_first_of_equals() -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 5e-324], ids=["tiny", "smallest"])
 def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
     logits = logits_of(1)
-    batch = build([member(temperature=temperature)])
-    assert sample(logits, batch, positions=places(5)).tokens.item() == logits.argmax()
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}):
+        result = sample(logits, build([member(temperature=temperature, **filters)]), positions=places(5))
+        assert result.tokens.item() == logits.argmax()
+
+
+def test_the_smallest_top_p_keeps_the_likeliest() -> None:
+    """fp32 rounds it to 0, which kept none, and the step failed."""
+    logits = logits_of(1)
+    result = sample(logits, build([member(top_p=5e-324)]), positions=places(5))
+    assert result.tokens.item() == logits.argmax()
+
+
+def test_rows_that_are_not_finite_are_told_apart() -> None:
+    logits = logits_of(5)
+    logits[1, 7], logits[2, 7], logits[3], logits[4, 7] = math.nan, math.inf, -math.inf, -math.inf
+    for params in ({"temperature": 0.0}, {"top_p": 0.9, "min_p": 0.1}, {"top_k": 3, "logprobs": 2}):
+        result = sample(logits, build([member(**params)] * 5), positions=places(*range(5)))
+        assert result.is_finite.tolist() == [True, False, False, False, True]
+        assert all(0 <= token < V for token in result.tokens.tolist())
 
 
 def test_a_seed_is_not_another_and_a_choice_has_its_own() -> None:

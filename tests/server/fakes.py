@@ -14,6 +14,7 @@ import httpx2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from hrwkv.engine.core import Histogram
 from hrwkv.engine.request import (
     CapacityError,
     EngineError,
@@ -133,10 +134,12 @@ class FakeEngine:
     def stats(self) -> Any:
         names = "queued running prompt_tokens generated_tokens preempted kv_blocks_used kv_blocks_total"
         more = "state_slots_used state_slots_total state_bytes kv_bytes"
-        return SimpleNamespace(**dict.fromkeys(f"{names} {more}".split(), 3))
-
-    def drain_latencies(self) -> Any:
-        return SimpleNamespace(first_token=[0.2], inter_token=[0.01, 0.03])
+        first, inter = Histogram(), Histogram()
+        first.add(0.2)
+        for seconds in (0.01, 0.03):
+            inter.add(seconds)
+        counts = dict.fromkeys(f"{names} {more}".split(), 3)
+        return SimpleNamespace(**counts, first_token=first, inter_token=inter)
 
 
 def score(token: int) -> TokenLogprob:

@@ -10,7 +10,7 @@ import pytest
 
 from hrwkv.server.app import create_app
 from hrwkv.server.service import Service
-from tests.server.fakes import FakeEngine, ask, fake_app, fake_service
+from tests.server.fakes import FakeEngine, ask, fake_app, fake_service, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 KEYS = ["secret-1", "secret-2"]
@@ -71,6 +71,42 @@ def test_a_body_that_does_not_tell_its_size_has_it_too() -> None:
 
     assert asyncio.run(chunked(2)).status_code == 422
     assert asyncio.run(chunked(3)).status_code == 413
+
+
+def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that sent a part and no more held it in memory for ever."""
+    monkeypatch.setattr("hrwkv.server.access.BODY_SECONDS", 0.05)
+    app, sent = fake_app(engine()), []
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(parts, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": headers, "query_string": b""}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
+
+
+def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hrwkv.server.access.BODY_SECONDS", 0.05)
+    slow = engine()
+    slow.is_held, slow.waits_at = True, 0
+
+    async def run() -> int:
+        async with serving(fake_service(slow)) as (_, url), httpx2.AsyncClient() as client:
+            asked = asyncio.ensure_future(client.post(url + COMPLETIONS, json={"prompt": "a"}))
+            while not slow.requests:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            slow.requests[0].gate.set()
+            return (await asked).status_code
+
+    assert asyncio.run(run()) == 200
 
 
 def test_what_is_far_too_long_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hrwkv.engine.request import EngineError, SamplingParams
+from hrwkv.engine.request import EngineError, GrammarError, SamplingParams
 from tests.server.fakes import FakeEngine, ask, byte_tokenizer, events, fake_app
 from tests.server.test_template import HERMES, RECIPES, TOOL
 
@@ -166,14 +166,23 @@ def test_refusals(fields: dict[str, Any], status: int, says: str) -> None:
     assert says in response.text
 
 
-@pytest.mark.parametrize(("place", "status"), [(0, 503), (1, 200)])
-def test_a_failure_before_the_first_token_is_a_status_and_later_an_event(place: int, status: int) -> None:
-    engine = saying("a", "b", failure=EngineError("out of memory"), fail_at=place)
+@pytest.mark.parametrize(
+    ("failure", "status", "kind", "code"),
+    [
+        (EngineError("out of memory"), 503, "service_unavailable_error", "engine_unavailable"),
+        (GrammarError("too complex"), 400, "invalid_request_error", "grammar_failed"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_failure_before_the_first_token_is_a_status_and_later_an_event(
+    place: int, failure: Exception, status: int, kind: str, code: str
+) -> None:
+    engine = saying("a", "b", failure=failure, fail_at=place)
     response = ask(fake_app(engine), PATH, ASKED | {"stream": True})
-    assert response.status_code == status
-    error = events(response)[-1] if status == 200 else response.json()
-    assert error["error"]["message"] == "out of memory"
-    assert error["error"]["code"] == "engine_unavailable"
+    assert response.status_code == (200 if place else status)
+    error = events(response)[-1] if place else response.json()
+    assert error["error"] == {"message": str(failure), "type": kind, "param": None, "code": code}
+    assert ask(fake_app(engine), PATH, ASKED).status_code == status
 
 
 def test_parameters_reach_the_engine() -> None:

@@ -60,7 +60,8 @@ def test_refusals(path: str, body: dict[str, Any], says: str) -> None:
 
 
 def test_metrics_are_prometheus_text() -> None:
-    text = ask(fake_app(engine()), "/metrics").text
+    app = fake_app(engine())
+    text = ask(app, "/metrics").text
     samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
     for name in ("queued", "running", "kv_blocks_used", "state_slots_total", "state_bytes", "kv_bytes"):
         assert samples[f"hrwkv_{name}"] == 3
@@ -69,6 +70,11 @@ def test_metrics_are_prometheus_text() -> None:
     assert samples["hrwkv_healthy"] == 1
     assert samples["hrwkv_time_to_first_token_seconds_count"] == 1
     assert samples["hrwkv_inter_token_seconds_sum"] == pytest.approx(0.04)
+    buckets = [line for line in text.splitlines() if line.startswith("hrwkv_inter_token_seconds_bucket")]
+    assert [line.rsplit(" ", 1)[1] for line in buckets] == [*["0.0"] * 3, "1.0", "1.0", *["2.0"] * 12]
+    assert 'le="0.01"' in buckets[3]
+    assert 'le="+Inf"' in buckets[-1]
+    assert ask(app, "/metrics").text.count("hrwkv_inter_token_seconds_count 2.0") == 1  # the same again
 
 
 def test_version_is_the_packages() -> None:
@@ -91,7 +97,7 @@ def test_the_document_describes_every_route_and_error() -> None:
     routes = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/ready"}
     assert routes <= set(document["paths"])
     described = document["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"400", "401", "404", "413", "422", "429", "503"} <= set(described)
+    assert {"400", "401", "404", "408", "413", "422", "429", "503"} <= set(described)
     assert "HTTPValidationError" not in json.dumps(document)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -12,7 +13,7 @@ import pytest
 from hrwkv.engine.request import EngineError
 from hrwkv.server import stream
 from hrwkv.server.stream import to_json
-from tests.server.fakes import FakeEngine, fake_service, serving
+from tests.server.fakes import FakeEngine, ask, fake_app, fake_service, serving
 
 BODY = {"prompt": "a", "stream": True}
 
@@ -193,7 +194,37 @@ def test_what_does_not_finish_is_cut_off_at_the_end() -> None:
     assert engine.requests[0].is_cancelled
 
 
+def test_who_is_cut_off_before_the_first_byte_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """It was 500 in plain text, and every answer that was cut off left a traceback in the log."""
+    engine = endless(is_held=True)
+
+    async def main() -> None:
+        async with serving(fake_service(engine, port=0, shutdown_seconds=0.0)) as (server, url):
+            reader, _ = await post_raw(url, BODY | {"stream": False})
+            await until(lambda: bool(engine.requests))
+            server.handle_exit(15, None)
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b'"code": "not_ready"' in answer
+
+    asyncio.run(main())
+    assert engine.requests[0].is_cancelled
+    assert "Traceback" not in caplog.text
+
+
 def test_half_characters_are_written_as_their_escapes() -> None:
     value = {"text": "h\u00e9 \ud800 \U0001f600"}
     assert json.loads(to_json(value)) == value
     assert to_json("\u00e9") == b'"\xc3\xa9"'
+
+
+def test_the_log_has_the_time_of_a_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was counted from the whole second before, so that each request seemed to take up to 1 s longer."""
+    clock = SimpleNamespace(time=lambda: 100.9, monotonic=iter([5.0, 5.25]).__next__)
+    monkeypatch.setattr("hrwkv.server.stream.time", clock)
+    caplog.set_level(logging.INFO)
+    app = fake_app(FakeEngine(lambda prompt, params: [["a"]]))
+    assert ask(app, "/v1/completions", {"prompt": "a"}).status_code == 200
+    assert "1 + 1 tokens in 0.25 s" in caplog.text

@@ -20,6 +20,7 @@ def kept_edge(
     if log_min_p is not None:
         weights.masked_fill_(ordered < log_min_p, 0.0)
     reached = weights.cumsum(-1)
-    kept = (reached - weights < top_p * reached[:, -1:]).sum(-1, keepdim=True)
+    # At least the likeliest: a top_p that fp32 rounds to 0 would keep none.
+    kept = (reached - weights < top_p * reached[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
     nucleus = ordered.gather(-1, kept - 1).masked_fill(top_p > 1, -math.inf)
     return edge.maximum(nucleus)
