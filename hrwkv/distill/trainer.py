@@ -243,8 +243,8 @@ class _Run:
         """The student of a stage on this process's device, with gradients for what trains in it."""
         torch.manual_seed(self.settings.seed)
         stage, mode, unread = STAGES[number], self.settings.mode, load_config(path).unread_parameters
-        shares = mode == "frozen-mlp"
-        if shares and self.ranks.world > 1:
+        frozen = mode == "frozen-mlp"
+        if frozen and self.ranks.world > 1:
             check_frozen(path, self.teacher_path, ranks=self.ranks, dtype=self.dtype)
         student = open_model(
             path,
@@ -252,7 +252,7 @@ class _Run:
             dtype=self.dtype,
             trains=lambda name: trains(name, stage=stage, mode=mode, unread=unread),
             kind=self.settings.parallel,
-            fitting=Shared(self.teacher) if shares else None,
+            fitting=Shared(self.teacher, required=frozen) if stage.shares(mode) else None,
         )
         student.model.gradient_checkpointing = (
             number != 1 and self.settings.stage(number).gradient_checkpointing
