@@ -1,5 +1,6 @@
 """From a teacher to a measured student in one command, interrupted and not."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import metadata_load
 
 from hrwkv.cli.distill import Watcher
 from hrwkv.distill.logs import Progress
+from hrwkv.distill.parallel import Ranks
 from hrwkv.model.checkpoint import load_config, load_model
 from tests.cli.conftest import Files, Run
 from tests.cli.test_commands import EVAL, SMALL
@@ -32,6 +34,26 @@ def teacher_with_card(files: Files) -> Files:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_model(out / "stage3").state_dict()
+
+
+def test_only_the_first_process_prints_and_writes_the_card(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun every process said where the stages are and wrote README.md and loss.png."""
+    words = ["distill", files.student, "--teacher", files.teacher, "--stage", "1"]
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            "hrwkv.distill.parallel.joined",
+            lambda device, rank=rank: contextlib.nullcontext(Ranks(rank, 2, torch.device("cpu"))),
+        )
+        out = tmp_path / str(rank)
+        done = run(*words, "--out", out, "--data.sources", files.text, *SMALL)
+        assert (done.code, done.err) == (0, "")
+        assert (out / "stage1").is_dir()
+        assert ("Stage 1:" in done.out, "Written:" in done.out, (out / "README.md").exists()) == (
+            (True, True, True) if rank == 0 else (False, False, False)
+        )
+        assert rank == 0 or done.out == ""
 
 
 def test_all_steps_and_the_same_after_an_interruption(
