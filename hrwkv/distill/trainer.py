@@ -87,12 +87,7 @@ def distill(
                 "dtype is 'bfloat16' on a CPU, where it is up to 100 times slower: use float32 there"
             )
         recipes = _open_output(out, stages, resume=resume)
-        for number in stages:
-            if str(number) in recipes:
-                recipe = stage_recipe(
-                    settings, number, student=_source(student, out, number), teacher=teacher
-                )
-                check_recipe(recipe, recipes[str(number)], where=out)
+        check_begun(student, teacher, out, settings, stages=stages, recipes=recipes)
         barrier(ranks)
         paths = {number: out / f"stage{number}" for number in stages}
         if ranks.is_first:
@@ -105,6 +100,26 @@ def distill(
                 if number != missing[-1] and anywhere(stop(), ranks):
                     raise RunStoppedError(f"stopped after stage {number}")
         return paths
+
+
+def check_begun(
+    student: Path,
+    teacher: Path,
+    out: Path,
+    settings: DistillSettings,
+    *,
+    stages: Sequence[int],
+    recipes: dict[str, Recipe],
+) -> None:
+    """Raise ValueError where a stage that ``out`` has begun or finished had another recipe.
+
+    recipes: those that ``out`` holds, by stage.
+    """
+    for number in stages:
+        if str(number) in recipes:
+            source = _source(student, out, number)
+            recipe = stage_recipe(settings, number, student=source, teacher=teacher)
+            check_recipe(recipe, recipes[str(number)], where=out)
 
 
 def _source(student: Path, out: Path, number: int) -> Path:

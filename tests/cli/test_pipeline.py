@@ -56,6 +56,18 @@ def test_only_the_first_process_prints_and_writes_the_card(
         assert rank == 0 or done.out == ""
 
 
+def test_a_process_that_looks_later_than_another_writes_begins_as_well(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun the second process could see the record of the first, and refuse the folder as begun."""
+    seen, out = [], tmp_path / "out"
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr("hrwkv.distill.parallel.joined", lambda device: contextlib.nullcontext(ranks))
+    monkeypatch.setattr("hrwkv.distill.parallel.barrier", lambda ranks: seen.append(out.exists()))
+    assert run(*command(files, out)).code == 0
+    assert seen[0] is False
+
+
 def test_all_steps_and_the_same_after_an_interruption(
     teacher_with_card: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +80,9 @@ def test_all_steps_and_the_same_after_an_interruption(
     again = run(*command(files, whole, "--resume"))
     assert again.code == 0
     assert again.out.count(": complete") == 6
+    changed = run(*command(files, whole, "--resume", "--stage2.learning-rate", 0.5))
+    assert changed.code == 2
+    assert "stage.learning_rate is 0.5, the interrupted run had 0.001" in changed.err
 
     show = Watcher.__call__
 
