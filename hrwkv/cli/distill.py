@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from hrwkv.cli.display import Display, Task, count, duration
-from hrwkv.cli.interrupt import Stopped, StopSignal
+from hrwkv.cli.interrupt import Stopped, StopSignal, told_once
 from hrwkv.settings import ConvertSettings, DistillSettings, EvalSettings, SelectSettings
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def distill(
         return
     out = out or model.with_name(f"{model.name}-distilled")
     stages = (1, 2, 3) if stage == "all" else (int(stage),)
-    with joined(settings.device) as ranks:
+    with joined(settings.device) as ranks, told_once(ranks):
         display.console.quiet = not ranks.is_first
         with StopSignal(display) as stop:
             done = run_distill(

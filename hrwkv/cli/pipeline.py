@@ -19,7 +19,7 @@ from hrwkv.cli.convert import run_convert
 from hrwkv.cli.display import Display
 from hrwkv.cli.distill import run_card, run_distill
 from hrwkv.cli.evaluate import run_eval
-from hrwkv.cli.interrupt import Stopped, StopSignal
+from hrwkv.cli.interrupt import Stopped, StopSignal, told_once
 from hrwkv.cli.select import run_select
 from hrwkv.settings import ConvertSettings, DistillSettings, EvalSettings, SelectSettings
 
@@ -75,7 +75,7 @@ class Pipeline:
         """
         from hrwkv.distill.parallel import barrier, joined
 
-        with joined(self.settings.device) as ranks:
+        with joined(self.settings.device) as ranks, told_once(ranks):
             self.display.console.quiet = not ranks.is_first
             facts = self._facts()
             begins = self._begins(facts, resume=resume)

@@ -12,6 +12,7 @@ from huggingface_hub import metadata_load
 from hrwkv.cli.distill import Watcher
 from hrwkv.distill.logs import Progress
 from hrwkv.distill.parallel import Ranks
+from hrwkv.distill.trainer import RECIPE
 from hrwkv.model.checkpoint import load_config, load_model
 from tests.cli.conftest import Files, Run
 from tests.cli.test_commands import EVAL, SMALL
@@ -56,6 +57,33 @@ def test_only_the_first_process_prints_and_writes_the_card(
         assert rank == 0 or done.out == ""
 
 
+def test_only_the_first_process_says_that_it_stopped(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them named a command without torchrun, which would have gone on with a single process."""
+    words = ["distill", files.student, "--teacher", files.teacher, "--stage", "1"]
+    show = Watcher.__call__
+
+    def interrupt(self: Watcher, progress: Progress) -> None:
+        show(self, progress)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Watcher, "__call__", interrupt)
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            "hrwkv.distill.parallel.joined",
+            lambda device, rank=rank: contextlib.nullcontext(Ranks(rank, 2, torch.device("cpu"))),
+        )
+        line = [*words, "--out", tmp_path / str(rank), "--data.sources", files.text, *SMALL]
+        if rank == 0:
+            done = run(*line)
+            assert done.code == 130
+            assert done.err.endswith("of stage 1; go on with: the same torchrun line and --resume\n")
+        else:
+            with pytest.raises(SystemExit, match="130"):
+                run(*line)
+
+
 def test_a_process_that_looks_later_than_another_writes_begins_as_well(
     files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +91,7 @@ def test_a_process_that_looks_later_than_another_writes_begins_as_well(
     seen, out = [], tmp_path / "out"
     ranks = Ranks(0, 1, torch.device("cpu"))
     monkeypatch.setattr("hrwkv.distill.parallel.joined", lambda device: contextlib.nullcontext(ranks))
-    monkeypatch.setattr("hrwkv.distill.parallel.barrier", lambda ranks: seen.append(out.exists()))
+    monkeypatch.setattr("hrwkv.distill.parallel.barrier", lambda ranks: seen.append((out / RECIPE).exists()))
     assert run(*command(files, out)).code == 0
     assert seen[0] is False
 
