@@ -60,11 +60,12 @@ class SpreadRows:
         return self.stream.batch(self.row(index))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: every row is as near as the next."""
-        return {}
+        """The stream's."""
+        return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to go to."""
+        """Go to where the stream was."""
+        self.stream.load_state_dict(state)
 
 
 @dataclass(frozen=True)
