@@ -95,10 +95,17 @@ def _stages(rows: Rows) -> list[int]:
 
 
 def stage_facts(rows: Rows) -> dict[str, Any]:
-    """Tokens, hours and the last validation of one stage's rows; hours are of the steps that count."""
+    """Tokens, hours and the last validation of one stage's rows; hours are of the steps that count.
+
+    Raises ValueError where rows are missing.
+    """
     last, batch_tokens = rows[-1], rows[0]["tokens"] // rows[0]["step"]
     seconds = sum(batch_tokens / row["tokens_per_second"] for row in rows)
-    found = next(row["validation"] for row in reversed(rows) if "validation" in row)
+    found = next((row["validation"] for row in reversed(rows) if "validation" in row), None)
+    if found is None:
+        raise ValueError(
+            f"log.jsonl has no validation of stage {last['stage']}, so that no card can be made: rows are missing"
+        )
     rate = last["tokens"] / seconds
     return {"stage": last["stage"], "tokens": last["tokens"], "hours": seconds / 3600, "rate": rate, **found}
 

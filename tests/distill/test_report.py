@@ -101,3 +101,11 @@ def test_a_teachers_damaged_card_costs_the_licence_alone(front: str, tmp_path: P
 def test_the_card_names_the_text(finished: Path) -> None:
     (source,) = json.loads((finished / "recipe.json").read_text())["2"]["data.sources"]
     assert f"tokens of text ({source}) in" in (finished / "README.md").read_text()
+
+
+def test_rows_that_are_missing_are_told(finished: Path) -> None:
+    """A log without its last rows ended a finished run in a StopIteration."""
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    cut = [row for row in log if row["stage"] == 1 and "validation" not in row]
+    with pytest.raises(ValueError, match=r"log.jsonl has no validation of stage 1"):
+        stage_facts(cut)
