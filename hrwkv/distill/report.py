@@ -104,7 +104,7 @@ def stage_facts(rows: Rows) -> dict[str, Any]:
     found = next((row["validation"] for row in reversed(rows) if "validation" in row), None)
     if found is None:
         raise ValueError(
-            f"log.jsonl has no validation of stage {last['stage']}, so that no card can be made: rows are missing"
+            f"log.jsonl has no validation of stage {last['stage']}, which a card needs: rows are missing"
         )
     rate = last["tokens"] / seconds
     return {"stage": last["stage"], "tokens": last["tokens"], "hours": seconds / 3600, "rate": rate, **found}
