@@ -27,11 +27,11 @@ from hrwkv.cli import (
     select,
     serve,
 )
-from hrwkv.cli.interrupt import Stopped, resume_command
+from hrwkv.cli.interrupt import INTERRUPTED, Stopped, resume_command
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
-USER_ERROR, INTERRUPTED, READER_GONE = 2, 130, 141
+USER_ERROR, READER_GONE = 2, 141
 EPILOGUE = "**Examples**\n\n```\n{examples}\n```\n\nAdd --debug to see where an error came from."
 START = """
 hrwkv demo
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(words, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
     except Stopped as stop:
-        return _fail(f"{stop}; go on with: {resume_command(words)}", INTERRUPTED)
+        return _fail(f"{stop}; go on with: {resume_command(words, alone=stop.alone)}", INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:

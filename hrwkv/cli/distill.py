@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from hrwkv.cli.display import Display, Task, count, duration
-from hrwkv.cli.interrupt import Stopped, StopSignal
+from hrwkv.cli.interrupt import Stopped, StopSignal, told_once
 from hrwkv.settings import ConvertSettings, DistillSettings, EvalSettings, SelectSettings
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def distill(
     eval. The same command with --resume goes on where an interruption left it.
     """
     from hrwkv.cli.pipeline import Pipeline, find_teacher
+    from hrwkv.distill.parallel import joined
 
     display = Display()
     if model is None or teacher is None:
@@ -76,10 +77,15 @@ def distill(
         return
     out = out or model.with_name(f"{model.name}-distilled")
     stages = (1, 2, 3) if stage == "all" else (int(stage),)
-    with StopSignal(display) as stop:
-        done = run_distill(display, model, teacher, out, settings, stages=stages, resume=resume, stop=stop)
-    run_card(display, out, done[max(done)], teacher=teacher, base_model=settings.base_model)
-    display.line(f"Next: hrwkv eval {done[max(done)]} --teacher {teacher}")
+    with joined(settings.device) as ranks, told_once(ranks):
+        display.console.quiet = not ranks.is_first
+        with StopSignal(display) as stop:
+            done = run_distill(
+                display, model, teacher, out, settings, stages=stages, resume=resume, stop=stop
+            )
+        if ranks.is_first:
+            run_card(display, out, done[max(done)], teacher=teacher, base_model=settings.base_model)
+            display.line(f"Next: hrwkv eval {done[max(done)]} --teacher {teacher}")
 
 
 def run_distill(

@@ -92,9 +92,11 @@ class Examiner:
         """Read and pack the text. Raises ValueError if there is none."""
         from hrwkv.data.documents import read_documents
         from hrwkv.data.packing import PackedStream
-        from hrwkv.data.tokens import tokenize_documents
+        from hrwkv.data.tokens import chat_renderer, tokenize_documents
 
-        store = tokenize_documents(read_documents(settings.text, split=settings.split), tokenizer)
+        render = chat_renderer(tokenizer)
+        documents = read_documents(settings.text, split=settings.split, render=render)
+        store = tokenize_documents(documents, tokenizer)
         context = min(settings.context_length, len(store.tokens))
         rows = min(settings.tokens, len(store.tokens)) // context
         batch_tokens = min(settings.batch_tokens // context, max(rows, 1)) * context

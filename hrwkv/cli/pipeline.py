@@ -19,7 +19,7 @@ from hrwkv.cli.convert import run_convert
 from hrwkv.cli.display import Display
 from hrwkv.cli.distill import run_card, run_distill
 from hrwkv.cli.evaluate import run_eval
-from hrwkv.cli.interrupt import Stopped, StopSignal
+from hrwkv.cli.interrupt import Stopped, StopSignal, told_once
 from hrwkv.cli.select import run_select
 from hrwkv.settings import ConvertSettings, DistillSettings, EvalSettings, SelectSettings
 
@@ -75,10 +75,13 @@ class Pipeline:
         """
         from hrwkv.distill.parallel import barrier, joined
 
-        with joined(self.settings.device) as ranks:
+        with joined(self.settings.device) as ranks, told_once(ranks):
             self.display.console.quiet = not ranks.is_first
-            self._open(resume=resume, writes=ranks.is_first)
-            barrier(ranks)
+            facts = self._facts()
+            begins = self._begins(facts, resume=resume)
+            barrier(ranks)  # all have looked before one writes
+            if begins and ranks.is_first:
+                self._begin(facts)
             steps = self.steps()
             try:
                 for number, step in enumerate(steps, 1):
@@ -168,24 +171,32 @@ class Pipeline:
             context_length=self.settings.context_length(stage),
         )
 
-    def _open(self, *, resume: bool, writes: bool) -> None:
-        """Begin or go on in the folder; what decides the models must be what it was."""
-        from hrwkv.distill.checkpointing import check_recipe, write_json
+    def _begin(self, facts: dict[str, Any]) -> None:
+        from hrwkv.distill.checkpointing import write_json
         from hrwkv.distill.trainer import RECIPE
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / RECIPE, {FACTS: facts})
+
+    def _begins(self, facts: dict[str, Any], *, resume: bool) -> bool:
+        """True for a new folder; in one that goes on, what decides the models must be what it was."""
+        from hrwkv.distill.checkpointing import check_recipe
+        from hrwkv.distill.trainer import RECIPE, check_begun
         from hrwkv.model.shards import read_json
 
-        record, facts = self.out / RECIPE, self._facts()
+        record = self.out / RECIPE
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
-            if writes:
-                self.out.mkdir(parents=True, exist_ok=True)
-                write_json(record, {FACTS: facts})
-            return
-        known = read_json(record).get(FACTS) if record.exists() else None
+            return True
+        recipes = read_json(record) if record.exists() else {}
+        known = recipes.get(FACTS)
         if known is None:
             raise ValueError(f"{self.out} exists and is no run of all steps: choose another --out")
         if not resume:
             raise ValueError(f"{self.out} has already begun: go on with --resume or choose another --out")
         check_recipe(facts, known, where=self.out)
+        converted = self.out / "converted"
+        check_begun(converted, self.teacher, self.out, self.settings, stages=(1, 2, 3), recipes=recipes)
+        return False
 
     def _facts(self) -> dict[str, Any]:
         """What decides converted and selected models, as flat names, through JSON like what is read back."""

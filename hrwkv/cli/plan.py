@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from hrwkv.cli.display import Display, count
-from hrwkv.cli.recipes import find_recipe
+from hrwkv.cli.recipes import find_recipe, read_recipe
 from hrwkv.settings import ConvertSettings, DistillSettings, PlanSettings
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def plan(
     from hrwkv.eval.memory import memory_of
 
     display = Display()
+    if "distill" not in read_recipe(find_recipe(recipe)):
+        display.line("The recipe has no [distill]: planned with the defaults, made for small models")
     config, chosen = teacher_config(recipe, teacher), convert or ConvertSettings()
     pair = Pair.of(student_config(config, chosen), config)
     gpu = choose_gpu(settings, distill)
@@ -81,7 +84,10 @@ def teacher_config(recipe: str, teacher: Path | None) -> HybridConfig:
 
     if teacher is not None:
         return load_config(teacher)
-    return config_from_teacher(read_preset(find_recipe(recipe)).teacher)
+    path = find_recipe(recipe)
+    if "teacher" not in tomllib.loads(path.read_text(encoding="utf-8")):
+        raise ValueError(f"recipe {path} has no [teacher]: give the teacher's directory with --teacher")
+    return config_from_teacher(read_preset(path).teacher)
 
 
 def choose_gpu(settings: PlanSettings, distill: DistillSettings) -> Gpu:

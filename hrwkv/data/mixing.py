@@ -106,6 +106,16 @@ class MixedRows:
         lengths = [length for _, batch in rows for length in batch.lengths]
         return torch.cat([token_ids for token_ids, _ in rows]), TokenBatch.from_lengths(lengths)
 
+    def batches_within(self, available: Sequence[int], *, most: int) -> int:
+        """Return how many batches, at most `most`, take no more rows of each source than are `available`."""
+        count = 0
+        while count < most:
+            needed = self.schedule.rows_before((count + 1) * self.rows_per_batch)
+            if any(rows > own for rows, own in zip(needed, available, strict=True)):
+                break
+            count += 1
+        return count
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sources' bookmarks."""
         return {"sources": [source.state_dict() for source in self.sources]}

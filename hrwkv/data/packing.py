@@ -16,6 +16,7 @@ the needle off from its question. Left out: sorting by length, weights per sourc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +112,13 @@ class PackedStream:
             for row in np.flatnonzero(np.logical_not(is_text)):
                 ids[row] = mix.row(first + int(row), filler=filler, length=length, seed=self.seed)
         return torch.from_numpy(ids).flatten(), TokenBatch.from_lengths(self._lengths(ends, text_rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: every batch is as near as the next."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go to."""
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, TokenBatch]]:
         """Yield batch(start), batch(start + 1), ... without end."""

@@ -60,11 +60,12 @@ class SpreadRows:
         return self.stream.batch(self.row(index))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: every row is as near as the next."""
-        return {}
+        """The stream's."""
+        return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to go to."""
+        """Go to where the stream was."""
+        self.stream.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,7 @@ class Corpus:
         ]
         rows = self._mixed(sources, size // context_length)
         available = [len(part.dev.tokens) // context_length for part in self.parts]
-        count = 0
-        while count < settings.validation_tokens // size and all(
-            needed <= own
-            for needed, own in zip(
-                rows.schedule.rows_before((count + 1) * rows.rows_per_batch), available, strict=True
-            )
-        ):
-            count += 1
+        count = rows.batches_within(available, most=settings.validation_tokens // size)
         return [rows.batch(index) for index in range(max(count, 1))]
 
     def _mixed(self, sources: list[Rows] | list[SpreadRows], rows_per_batch: int) -> MixedRows:

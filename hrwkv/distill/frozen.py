@@ -1,4 +1,4 @@
-"""What does not train in mode ``frozen-mlp``: kept once for teacher and student, in 8 bits if wanted.
+"""What does not train in mode ``frozen-mlp``, or in stage 1: kept once for both models, in 8 bits if wanted.
 
 A teacher's MLPs and attention projections may be held as 8-bit rows (``layers/linear.py``). Teacher and
 student then compute with the very same rounded MLPs, so the student is not taught the rounding. Checkpoints
@@ -61,11 +61,12 @@ class Quantised:
 class Shared:
     """Fits a student: what is frozen is the teacher's own, after a check that it is the same.
 
-    Raises ValueError where it is not: the student has been trained in mode ``all``, or has another teacher.
+    required: raise ValueError where it is not, because the student has been trained in mode ``all`` or has
+    another teacher; otherwise the student keeps its own.
     """
 
-    def __init__(self, teacher: HybridModel) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: HybridModel, *, required: bool = True) -> None:
+        self.teacher, self.required = teacher, required
 
     def prepare(self, model: HybridModel) -> None:
         """Put the teacher's 8-bit MLPs in place."""
@@ -85,9 +86,9 @@ class Shared:
             same = isinstance(theirs, Tensor) and torch.equal(weight.to(theirs), theirs)
             if same:
                 setattr(owner, leaf, theirs)
-        if not same:
+        if not same and self.required:
             raise ValueError(NOT_THE_TEACHERS.format(name))
-        return True
+        return same
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

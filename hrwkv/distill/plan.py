@@ -25,10 +25,10 @@ from hrwkv.settings import DistillSettings, StageSettings
 RESERVE = 3 * GIB
 MAX_GPUS = 64
 # Choices from the fastest to the smallest, and what a step along each of them costs the user: time for
-# micro-batches and recomputation, exactness for 8 bits, money for GPUs.
+# micro-batches and recomputation, exactness for 8 bits, other steps for a larger batch, money for GPUs.
 KEEPS: tuple[Keep, ...] = ("mixer", "mlp", "stream", "nothing")
 OPTIMISERS: tuple[Literal["adamw", "adamw8bit"], ...] = ("adamw", "adamw8bit")
-MICRO_COST, KEEP_COST, OPTIMISER_COST, GPU_COST = 1, 3, 10, 100
+MICRO_COST, KEEP_COST, OPTIMISER_COST, BATCH_COST, GPU_COST = 1, 3, 10, 20, 100
 # The same for keys that all stages share. Freezing the MLPs costs quality, so it is the last resort.
 SHARED_CHOICES: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {"dtype": "bfloat16"}),
@@ -199,7 +199,20 @@ def _run_options(
             values, cost = {**now, **keys}, sum(cost for cost, _ in chosen)
             for doubled, count in enumerate(counts):
                 if _runs(values, gpu, count):
-                    yield cost + doubled * GPU_COST, replace(settings, **keys), count
+                    changed = replace(settings, **keys)
+                    divided = divisible(changed, count)
+                    larger = BATCH_COST * (divided != changed)
+                    yield cost + larger + doubled * GPU_COST, divided, count
+
+
+def divisible(settings: DistillSettings, gpus: int) -> DistillSettings:
+    """The settings with the next larger batch in each stage whose rows cannot be divided among the GPUs."""
+    for number in STAGES:
+        rows_of_all, tokens = gpus * settings.context_length(number), settings.batch_tokens(number)
+        if tokens % rows_of_all:
+            larger = -(-tokens // rows_of_all) * rows_of_all
+            settings = _with_stage(settings, number, replace(settings.stage(number), batch_tokens=larger))
+    return settings
 
 
 def _runs(values: Mapping[str, Any], gpu: Gpu, gpus: int) -> bool:
@@ -225,10 +238,8 @@ def _cheapest_stage(
 def _stage_options(settings: DistillSettings, number: int, gpus: int) -> Iterator[tuple[int, StageSettings]]:
     """Every smaller micro-batch that divides the share, with every way to keep less."""
     own, context_length = settings.stage(number), settings.context_length(number)
-    rows = settings.batch_tokens(number) // context_length
-    if rows % gpus:
-        return
-    share, first = rows // gpus, micro_batch_tokens(settings, number, gpus=gpus) // context_length
+    share = settings.batch_tokens(number) // context_length // gpus
+    first = micro_batch_tokens(settings, number, gpus=gpus) // context_length
     micros = [count for count in range(first, 0, -1) if share % count == 0]
     keeps = [(own.gradient_checkpointing, own.keep)]
     if not STAGES[number].mixers_only:

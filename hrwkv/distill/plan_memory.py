@@ -90,7 +90,7 @@ def plan_memory(pair: Pair, settings: DistillSettings, *, stage: int, gpus: int 
         trained=count,
         frozen=_numel(pair.student_shapes) - count,
         teacher=_teacher_bytes(pair, settings, gpus),
-        student=_student_bytes(pair, settings, trained, gpus),
+        student=_student_bytes(pair, settings, trained, gpus, shares=row.shares(settings.mode)),
         gradients=4 * count // _gradient_shares(settings, stage, gpus),
         optimiser=_moment_bytes(trained, settings.stage(stage).optimiser) // gpus,
         activations=_activation_bytes(pair, settings, stage=stage, tokens=tokens),
@@ -128,13 +128,12 @@ def _teacher_bytes(pair: Pair, settings: DistillSettings, gpus: int) -> int:
     return whole // gpus + _gathered(pair.teacher_shapes, lambda name: width)
 
 
-def _student_bytes(pair: Pair, settings: DistillSettings, trained: Shapes, gpus: int) -> int:
+def _student_bytes(pair: Pair, settings: DistillSettings, trained: Shapes, gpus: int, *, shares: bool) -> int:
     """Masters of what trains, and all the rest that is not the teacher's own."""
     width, masters = _width(settings), 4 * _numel(trained)
     rest = {name: shape for name, shape in pair.student_shapes.items() if name not in trained}
     if gpus == 1:
-        shared = settings.mode == "frozen-mlp"
-        own = {name: shape for name, shape in rest.items() if not (shared and FROZEN.fullmatch(name))}
+        own = {name: shape for name, shape in rest.items() if not (shares and FROZEN.fullmatch(name))}
         return masters + 4 * _numel(own)
     if settings.parallel == "fsdp2":
         held = (masters + width * _numel(rest)) // gpus

@@ -17,9 +17,14 @@ from hrwkv.model.config import HybridConfig
 from hrwkv.model.flops import forward_operations, mixing_operations
 from hrwkv.settings import DistillSettings
 
-# Large bf16 products, 687 of 989 TFLOP/s; causal attention forward, 408. 8-bit products with their rounding
-# of inputs are assumed.
-PRODUCTS, ATTENTION, EIGHT_BIT_PRODUCTS = 0.695, 0.41, 0.5
+# Large bf16 products, 687 of 989 TFLOP/s; causal attention forward, 408.
+PRODUCTS, ATTENTION = 0.695, 0.41
+# Products with frozen weights, forward and backward, from whole steps (2026-11-25_h200_distillation.md). In
+# float8, with the rounding of inputs, as shares of the fp8 rate: steps of 4309 to 9321 tokens/s within 11 %.
+# int8 is widened to bf16 for each product, as shares of the bf16 rate: 7460 tokens/s in stage 1 tells the
+# forward, 2727 in stage 2 the backward. float8 is widened too where a chip has no fp8 units.
+FLOAT8 = (0.5, 0.5)
+WIDENED = (0.547, 0.257)
 # mix, recurrence and finish, 8 x 4096 tokens at C = 6144: 4.6 ms forward, 14.2 ms backward, as bytes a token
 # and channel at the data sheet's 4.8 TB/s.
 MIXER_FORWARD, MIXER_BACKWARD = 110, 340
@@ -36,11 +41,12 @@ SCALING = 0.93
 
 @dataclass(frozen=True)
 class Work:
-    """What a token needs: operations of products in 16 and 8 bits and of attention, and bytes moved by the
-    mixers between their projections, and by the rest."""
+    """What a token needs: operations of products, of those with weights in 8 bits (forward, backward) and of
+    attention, and bytes moved by the mixers between their projections, and by the rest."""
 
     products: float = 0.0
     eight_bit: float = 0.0
+    eight_bit_backward: float = 0.0
     attention: float = 0.0
     mixer_bytes: float = 0.0
     other_bytes: float = 0.0
@@ -48,11 +54,13 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*(x + y for x, y in zip(astuple(self), astuple(other), strict=True)))
 
-    def seconds(self, gpu: Gpu, *, dtype: str) -> float:
-        """Time on one GPU; dtype: of the products, ``float32`` or ``bfloat16``."""
+    def seconds(self, gpu: Gpu, *, dtype: str, frozen_dtype: str = "bfloat16") -> float:
+        """Time on one GPU; dtype: of the products, ``float32`` or ``bfloat16``; frozen_dtype: of the rest."""
         peak = gpu.bf16 if dtype == "bfloat16" else gpu.fp32
         products = self.products / (PRODUCTS * peak) + self.attention / (ATTENTION * peak)
-        eight_bit = self.eight_bit / max(EIGHT_BIT_PRODUCTS * gpu.fp8, PRODUCTS * gpu.bf16)
+        computes = frozen_dtype == "float8" and gpu.fp8 > gpu.bf16
+        rate, (forward, backward) = (gpu.fp8, FLOAT8) if computes else (gpu.bf16, WIDENED)
+        eight_bit = (self.eight_bit / forward + self.eight_bit_backward / backward) / rate
         moved = self.mixer_bytes / gpu.bandwidth + self.other_bytes / (COPY * gpu.bandwidth)
         return products + eight_bit + moved
 
@@ -62,14 +70,15 @@ def tokens_per_second(pair: Pair, settings: DistillSettings, *, stage: int, gpu:
     own = settings.stage(stage)
     trained = plan_memory(pair, settings, stage=stage, gpus=gpus).trained
     step = trained * ADAMW_BYTES[own.optimiser] / (COPY * gpu.bandwidth) / settings.batch_tokens(stage)
-    seconds = stage_work(pair, settings, stage=stage).seconds(gpu, dtype=settings.dtype) + step
+    work = stage_work(pair, settings, stage=stage)
+    seconds = work.seconds(gpu, dtype=settings.dtype, frozen_dtype=settings.frozen_dtype) + step
     return gpus * (1.0 if gpus == 1 else SCALING) / seconds
 
 
 def stage_work(pair: Pair, settings: DistillSettings, *, stage: int) -> Work:
     """A token's work in stage 1, 2 or 3, recomputed blocks included."""
     context_length, own = settings.context_length(stage), settings.stage(stage)
-    narrow = settings.frozen_dtype == "float8"
+    narrow = settings.frozen_dtype != "bfloat16"
     teacher = _blocks(pair.teacher, context_length, narrow_mixers=narrow, narrow_mlps=narrow)
     ours = forward_operations(pair.student, context_length=context_length)
     if STAGES[stage].mixers_only:
@@ -103,7 +112,7 @@ def _blocks(
 ) -> Work:
     """All blocks: so many forward passes of mixers and MLPs, and with ``backward`` one of each back.
 
-    mlps_train: their weights have gradients, as mixers' always do. narrow: the products are in 8 bits.
+    mlps_train: their weights have gradients, as mixers' always do. narrow: the weights are in 8 bits.
     """
     forward = forward_operations(config, context_length=context_length)
     mixer = forward.projections * (mixers + 2 * backward)
@@ -111,10 +120,12 @@ def _blocks(
     attention = sum(mixing_operations(config, n, context_length=context_length) for n in config.full_layers)
     norms = config.hidden_size * (max(mixers, mlps) * NORM_FORWARD + backward * NORM_BACKWARD)
     gates = config.intermediate_size * (mlps * GATE_FORWARD + backward * GATE_BACKWARD)
+    backward_mlp = forward.mlp * backward * narrow_mlps  # frozen, so of its inputs alone
     eight_bit = mixer * narrow_mixers + mlp * narrow_mlps
     return Work(
         products=mixer + mlp - eight_bit,
-        eight_bit=eight_bit,
+        eight_bit=eight_bit - backward_mlp,
+        eight_bit_backward=backward_mlp,
         # A fused backward pass has twice a forward's products and makes the forward's first again.
         attention=attention * (mixers + 2.5 * backward),
         mixer_bytes=_mixer_bytes(config, forwards=mixers, backward=backward),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hrwkv.distill.checkpointing import write_bytes
 from hrwkv.model.checkpoint import load_config
 from hrwkv.model.config import LINEAR
 from hrwkv.model.shards import read_json
+
+logger = logging.getLogger(__name__)
 
 CARD, CURVE, TEMPLATE = "README.md", "loss.png", "model_card.md.jinja"
 MISSING = "-"
@@ -67,6 +70,7 @@ def facts_of(out: Path, model: Path, rows: Rows) -> dict[str, Any]:
     stages = [stage_facts([row for row in rows if row["stage"] == n]) for n in _stages(rows)]
     selection = out / "selected" / "selection.json"
     evaluation = out / "eval" / "report.json"
+    recipe = read_json(out / "recipe.json")
     return {
         "name": out.resolve().name,
         "variant": config.variant,
@@ -74,12 +78,15 @@ def facts_of(out: Path, model: Path, rows: Rows) -> dict[str, Any]:
         "linear": sum(kind == LINEAR for kind in config.layer_types),
         "attention": config.full_layers,
         "selection": read_json(selection)["method"] if selection.exists() else "given",
+        "sources": sorted(
+            {source for stage in _stages(rows) for source in recipe[str(stage)]["data.sources"]}
+        ),
         "tokens": sum(stage["tokens"] for stage in stages),
         "hours": sum(stage["hours"] for stage in stages),
         "stages": stages,
         "skipped": sum(row.get("skipped", False) for row in rows),
         "evaluation": evaluation_facts(read_json(evaluation)) if evaluation.exists() else [],
-        "recipe": json.dumps(read_json(out / "recipe.json"), indent=2),
+        "recipe": json.dumps(recipe, indent=2),
     }
 
 
@@ -88,10 +95,17 @@ def _stages(rows: Rows) -> list[int]:
 
 
 def stage_facts(rows: Rows) -> dict[str, Any]:
-    """Tokens, hours and the last validation of one stage's rows; hours are of the steps that count."""
+    """Tokens, hours and the last validation of one stage's rows; hours are of the steps that count.
+
+    Raises ValueError where rows are missing.
+    """
     last, batch_tokens = rows[-1], rows[0]["tokens"] // rows[0]["step"]
     seconds = sum(batch_tokens / row["tokens_per_second"] for row in rows)
-    found = next(row["validation"] for row in reversed(rows) if "validation" in row)
+    found = next((row["validation"] for row in reversed(rows) if "validation" in row), None)
+    if found is None:
+        raise ValueError(
+            f"log.jsonl has no validation of stage {last['stage']}, which a card needs: rows are missing"
+        )
     rate = last["tokens"] / seconds
     return {"stage": last["stage"], "tokens": last["tokens"], "hours": seconds / 3600, "rate": rate, **found}
 
@@ -115,11 +129,19 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def licence_of(teacher: Path) -> str | None:
-    """The licence in the front matter of the teacher's README.md; None where there is none."""
+    """The licence in the front matter of the teacher's README.md; None where there is none to be read.
+
+    A run of days must not end without its card because somebody else's is damaged.
+    """
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     card = teacher / "README.md"
-    found = metadata_load(card) if card.exists() else None
+    try:
+        found = metadata_load(card) if card.exists() else None
+    except (ValueError, YAMLError) as error:
+        logger.warning("%s: no licence is taken from it: %s", card, " ".join(str(error).split()))
+        return None
     licence = (found or {}).get("license")
     return None if licence is None else str(licence)
 

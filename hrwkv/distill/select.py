@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from hrwkv.data.documents import read_documents
+from hrwkv.data.mixing import MixedRows, Schedule
 from hrwkv.data.packing import PackedStream, next_token_labels
 from hrwkv.data.recall import RecallSample, RecallTasks
-from hrwkv.data.tokens import tokenize_documents
+from hrwkv.data.tokens import chat_renderer, tokenize_documents
 from hrwkv.distill.checkpointing import model_fingerprint, write_json
 from hrwkv.distill.corpus import open_tokenizer
 from hrwkv.distill.selection import LayerResult, Selection, write_selection
@@ -30,6 +31,7 @@ from hrwkv.model.checkpoint import load_config
 from hrwkv.model.config import HybridConfig, spread_layers
 from hrwkv.model.shards import CheckpointError, read_json
 from hrwkv.settings import SelectSettings
+from hrwkv.settings.data import mixture_of
 
 TEXT = "text"
 # What may differ when an interrupted selection goes on: it decides no score.
@@ -225,19 +227,25 @@ def read_probes(teacher: Path, settings: SelectSettings) -> list[Probe]:
     Raises ValueError for text that cannot be read or is too short, and for a length without room for a task.
     """
     tokenizer = open_tokenizer(teacher)
-    store = tokenize_documents(read_documents(settings.sources, split="dev"), tokenizer)
-    stream = PackedStream(
-        store,
-        context_length=settings.context_length,
-        batch_tokens=settings.batch_tokens,
-        seed=settings.seed,
-    )
-    count = min(settings.tokens, len(store.tokens)) // settings.batch_tokens
+    render, length = chat_renderer(tokenizer), settings.context_length
+    parts = mixture_of(settings.sources)
+    stores = [
+        tokenize_documents(read_documents(sources, split="dev", render=render), tokenizer)
+        for sources, _ in parts
+    ]
+    weights = [weight for _, weight in parts]
+    rows = [
+        PackedStream(store, context_length=length, batch_tokens=length, seed=settings.seed)
+        for store in stores
+    ]
+    mixed = MixedRows(rows, Schedule(weights), rows_per_batch=settings.batch_tokens // length)
+    available = [len(store.tokens) // length for store in stores]
+    count = mixed.batches_within(available, most=settings.tokens // settings.batch_tokens)
     probes = []
     for index in range(max(count, 1)):
-        token_ids, batch = stream.batch(index)
+        token_ids, batch = mixed.batch(index)
         probes.append(Probe(TEXT, token_ids, batch, next_token_labels(token_ids, batch)))
-    tasks = RecallTasks(tokenizer, store.tokens)
+    tasks = RecallTasks(tokenizer, stores[weights.index(max(weights))].tokens)
     for kind in tasks.kinds:
         samples = tasks.samples(
             kind, lengths=settings.recall_lengths, count=settings.recall_samples, seed=settings.seed

@@ -99,6 +99,10 @@ class Stage:
     step: StepFunction
     mixers_only: bool
 
+    def shares(self, mode: Mode) -> bool:
+        """True if embeddings, MLPs, final norm and head do not train, so that one process holds them once."""
+        return self.mixers_only or mode == "frozen-mlp"
+
 
 def align_step(
     teacher: HybridModel, student: HybridModel, inputs: StepInput, options: StepOptions

@@ -87,12 +87,7 @@ def distill(
                 "dtype is 'bfloat16' on a CPU, where it is up to 100 times slower: use float32 there"
             )
         recipes = _open_output(out, stages, resume=resume)
-        for number in stages:
-            if str(number) in recipes:
-                recipe = stage_recipe(
-                    settings, number, student=_source(student, out, number), teacher=teacher
-                )
-                check_recipe(recipe, recipes[str(number)], where=out)
+        check_begun(student, teacher, out, settings, stages=stages, recipes=recipes)
         barrier(ranks)
         paths = {number: out / f"stage{number}" for number in stages}
         if ranks.is_first:
@@ -105,6 +100,26 @@ def distill(
                 if number != missing[-1] and anywhere(stop(), ranks):
                     raise RunStoppedError(f"stopped after stage {number}")
         return paths
+
+
+def check_begun(
+    student: Path,
+    teacher: Path,
+    out: Path,
+    settings: DistillSettings,
+    *,
+    stages: Sequence[int],
+    recipes: dict[str, Recipe],
+) -> None:
+    """Raise ValueError where a stage that ``out`` has begun or finished had another recipe.
+
+    recipes: those that ``out`` holds, by stage.
+    """
+    for number in stages:
+        if str(number) in recipes:
+            source = _source(student, out, number)
+            recipe = stage_recipe(settings, number, student=source, teacher=teacher)
+            check_recipe(recipe, recipes[str(number)], where=out)
 
 
 def _source(student: Path, out: Path, number: int) -> Path:
@@ -243,8 +258,8 @@ class _Run:
         """The student of a stage on this process's device, with gradients for what trains in it."""
         torch.manual_seed(self.settings.seed)
         stage, mode, unread = STAGES[number], self.settings.mode, load_config(path).unread_parameters
-        shares = mode == "frozen-mlp"
-        if shares and self.ranks.world > 1:
+        frozen = mode == "frozen-mlp"
+        if frozen and self.ranks.world > 1:
             check_frozen(path, self.teacher_path, ranks=self.ranks, dtype=self.dtype)
         student = open_model(
             path,
@@ -252,7 +267,7 @@ class _Run:
             dtype=self.dtype,
             trains=lambda name: trains(name, stage=stage, mode=mode, unread=unread),
             kind=self.settings.parallel,
-            fitting=Shared(self.teacher) if shares else None,
+            fitting=Shared(self.teacher, required=frozen) if stage.shares(mode) else None,
         )
         student.model.gradient_checkpointing = (
             number != 1 and self.settings.stage(number).gradient_checkpointing

@@ -50,10 +50,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for a value that no run can have."""
-        require(len(self.sources) > 0, "data.sources", self.sources, "at least one text source")
-        weights = [weight for _, weight in map(split_weight, self.sources) if weight is not None]
-        good = len(weights) in (0, len(self.sources)) and all(0 < weight < math.inf for weight in weights)
-        require(good, "data.sources", self.sources, "no weight or a weight above 0 for every source")
+        check_sources(self.sources, name="data.sources")
         require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "at least 0")
         share = self.max_corrupt_share
         require(0 <= share < 1, "data.max_corrupt_share", share, "0 to below 1")
@@ -71,10 +68,23 @@ class DataSettings:
 
         Weighted sources stand alone, a stream too; sources without weights are one corpus.
         """
-        pairs = [split_weight(source) for source in self.sources]
-        if self.tokenise == "ahead" and all(weight is None for _, weight in pairs):
-            return [(self.sources, 1.0)]
-        return [((name,), 1.0 if weight is None else weight) for name, weight in pairs]
+        return mixture_of(self.sources, joins=self.tokenise == "ahead")
+
+
+def check_sources(sources: tuple[str, ...], *, name: str) -> None:
+    """Raise ValueError unless there is a source, and a weight above 0 for all or for none of them."""
+    require(len(sources) > 0, name, sources, "at least one text source")
+    weights = [weight for _, weight in map(split_weight, sources) if weight is not None]
+    good = len(weights) in (0, len(sources)) and all(0 < weight < math.inf for weight in weights)
+    require(good, name, sources, "no weight or a weight above 0 for every source")
+
+
+def mixture_of(sources: tuple[str, ...], *, joins: bool = True) -> list[tuple[tuple[str, ...], float]]:
+    """Sources that are read as one, and their weight; ``joins``: those without weights are one corpus."""
+    pairs = [split_weight(source) for source in sources]
+    if joins and all(weight is None for _, weight in pairs):
+        return [(sources, 1.0)]
+    return [((name,), 1.0 if weight is None else weight) for name, weight in pairs]
 
 
 def split_weight(source: str) -> tuple[str, float | None]:

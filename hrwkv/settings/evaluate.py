@@ -13,7 +13,8 @@ class EvalSettings:
     """What a model is measured on."""
 
     text: tuple[str, ...] = ("stdlib",)
-    """Text files, folders, .jsonl files, or ``stdlib``: the sources of the running Python."""
+    """Text files, folders, .jsonl files, or ``stdlib``: the sources of the running Python. Chat messages are
+    read through the model's chat template."""
     split: Literal["train", "dev", "test", "all"] = "test"
     """Part of the text; choose settings on dev, report on test."""
     tokens: int = 65536

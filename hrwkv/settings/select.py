@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hrwkv.settings.checks import check_batch, require
+from hrwkv.settings.data import check_sources
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class SelectSettings:
     (HALO); ``greedy`` adds the attention layer that lowers the student's KL most, one by one, at about as
     many times the cost; ``even`` spreads the layers."""
     sources: tuple[str, ...] = ("stdlib",)
-    """Text whose dev split tells the ability, and fills the recall tasks."""
+    """Text whose dev split tells the ability, and fills the recall tasks; named and mixed as data.sources
+    are."""
     tokens: int = 65536
     """Tokens of text that are scored, at most all of the dev split."""
     context_length: int = 1024
@@ -59,7 +61,7 @@ class SelectSettings:
         )
         require(good, "layers", self.layers, "different layers from 1 on: layer 0 stays RWKV")
         require(self.method in ("recall", "greedy", "even"), "method", self.method, "recall, greedy or even")
-        require(len(self.sources) > 0, "sources", self.sources, "at least one text source")
+        check_sources(self.sources, name="sources")
         check_batch(self.context_length, self.batch_tokens, where="select")
         require(self.tokens >= 2, "tokens", self.tokens, "at least 2")
         lengths = self.recall_lengths

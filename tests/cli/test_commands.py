@@ -160,3 +160,14 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.strip() == "[]"
     assert "hrwkv COMMAND" in done.stdout
+
+
+def test_eval_reads_chats_through_the_models_template(files: Files, run: Run, tmp_path: Path) -> None:
+    """Chat messages were refused with 'the teacher has no chat template', whatever the model had."""
+    chats = tmp_path / "chats.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "why " * 60}]})
+    chats.write_text(f"{line}\n" * 20)
+    done = run("eval", files.student, "--text", chats, "--out", tmp_path / "report", *EVAL[:-1], 0)
+    assert (done.code, done.err) == (0, "")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["facts"]["predicted tokens"] > 0

@@ -30,5 +30,5 @@ def test_the_second_one_ends() -> None:
 
 def test_the_command_that_goes_on() -> None:
     words = ["distill", "my teacher", "--out", "run"]
-    assert shlex.split(resume_command(words)) == ["hrwkv", *words, "--resume"]
-    assert resume_command([*words, "--resume"]).count("--resume") == 1
+    assert shlex.split(resume_command(words, alone=True)) == ["hrwkv", *words, "--resume"]
+    assert resume_command([*words, "--resume"], alone=True).count("--resume") == 1

@@ -1,5 +1,6 @@
 """From a teacher to a measured student in one command, interrupted and not."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,8 @@ from huggingface_hub import metadata_load
 
 from hrwkv.cli.distill import Watcher
 from hrwkv.distill.logs import Progress
+from hrwkv.distill.parallel import Ranks
+from hrwkv.distill.trainer import RECIPE
 from hrwkv.model.checkpoint import load_config, load_model
 from tests.cli.conftest import Files, Run
 from tests.cli.test_commands import EVAL, SMALL
@@ -34,6 +37,65 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_model(out / "stage3").state_dict()
 
 
+def test_only_the_first_process_prints_and_writes_the_card(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun every process said where the stages are and wrote README.md and loss.png."""
+    words = ["distill", files.student, "--teacher", files.teacher, "--stage", "1"]
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            "hrwkv.distill.parallel.joined",
+            lambda device, rank=rank: contextlib.nullcontext(Ranks(rank, 2, torch.device("cpu"))),
+        )
+        out = tmp_path / str(rank)
+        done = run(*words, "--out", out, "--data.sources", files.text, *SMALL)
+        assert (done.code, done.err) == (0, "")
+        assert (out / "stage1").is_dir()
+        assert ("Stage 1:" in done.out, "Written:" in done.out, (out / "README.md").exists()) == (
+            (True, True, True) if rank == 0 else (False, False, False)
+        )
+        assert rank == 0 or done.out == ""
+
+
+def test_only_the_first_process_says_that_it_stopped(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them named a command without torchrun, which would have gone on with a single process."""
+    words = ["distill", files.student, "--teacher", files.teacher, "--stage", "1"]
+    show = Watcher.__call__
+
+    def interrupt(self: Watcher, progress: Progress) -> None:
+        show(self, progress)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Watcher, "__call__", interrupt)
+    for rank in (0, 1):
+        monkeypatch.setattr(
+            "hrwkv.distill.parallel.joined",
+            lambda device, rank=rank: contextlib.nullcontext(Ranks(rank, 2, torch.device("cpu"))),
+        )
+        line = [*words, "--out", tmp_path / str(rank), "--data.sources", files.text, *SMALL]
+        if rank == 0:
+            done = run(*line)
+            assert done.code == 130
+            assert done.err.endswith("of stage 1; go on with: the same torchrun line and --resume\n")
+        else:
+            with pytest.raises(SystemExit, match="130"):
+                run(*line)
+
+
+def test_a_process_that_looks_later_than_another_writes_begins_as_well(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun the second process could see the record of the first, and refuse the folder as begun."""
+    seen, out = [], tmp_path / "out"
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr("hrwkv.distill.parallel.joined", lambda device: contextlib.nullcontext(ranks))
+    monkeypatch.setattr("hrwkv.distill.parallel.barrier", lambda ranks: seen.append((out / RECIPE).exists()))
+    assert run(*command(files, out)).code == 0
+    assert seen[0] is False
+
+
 def test_all_steps_and_the_same_after_an_interruption(
     teacher_with_card: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,6 +108,9 @@ def test_all_steps_and_the_same_after_an_interruption(
     again = run(*command(files, whole, "--resume"))
     assert again.code == 0
     assert again.out.count(": complete") == 6
+    changed = run(*command(files, whole, "--resume", "--stage2.learning-rate", 0.5))
+    assert changed.code == 2
+    assert "stage.learning_rate is 0.5, the interrupted run had 0.001" in changed.err
 
     show = Watcher.__call__
 

@@ -132,7 +132,16 @@ def test_without_a_teacher_a_directory_is_asked_for(tmp_path: Path, run: Run) ->
     (tmp_path / "bare.toml").write_text("[distill]\nmode = 'all'\n")
     done = run("plan", tmp_path / "bare.toml", "--gpu", "h100", "--convert.keep-attention", 1)
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "has no [teacher]" in done.err
+    assert "has no [teacher]: give the teacher's directory with --teacher" in done.err
+
+
+def test_a_preset_without_distill_says_that_it_plans_the_defaults(recipe: Path, run: Run) -> None:
+    """Hours of a 70B model in steps of 1024 tokens looked like somebody's recommendation."""
+    words = ["--gpu", "h200"]
+    assert run("plan", "qwen3-0.6b", *words).out.startswith(
+        "The recipe has no [distill]: planned with the de"
+    )
+    assert "has no [distill]" not in run("plan", recipe, *words).out
 
 
 def test_calibration_of_another_gpu_is_refused(recipe: Path, files: Files, run: Run) -> None:

@@ -1,9 +1,12 @@
 """Frozen weights exist once, in 8 bits if wanted, and never find their way into a model that is written."""
 
+import filecmp
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ from torch import Tensor
 
 from hrwkv.data.packing import next_token_labels
 from hrwkv.distill.frozen import EIGHT_BITS, FROZEN, Quantised, Shared
-from hrwkv.distill.parallel import Ranks
-from hrwkv.distill.stages import STAGES, StepInput, StepOptions, StepResult, set_trainable, trains
+from hrwkv.distill.parallel import Ranks, open_model
+from hrwkv.distill.stages import STAGES, Stage, StepInput, StepOptions, StepResult, set_trainable, trains
 from hrwkv.distill.trainer import distill
 from hrwkv.kernels import matmul
 from hrwkv.layers import common
@@ -235,3 +238,51 @@ def test_bytes_of_a_token_that_a_block_keeps(
         totals.append(sum(kept.values()))
         del hidden
     assert (totals[1] - totals[0]) / 2 / tokens == expected
+
+
+def test_stage_1_of_mode_all_holds_what_rests_once_and_changes_no_bit(
+    directories: Directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings, MLPs and head stood there twice, in fp32: 64 of 79.5 GiB of a student of 21 B weights."""
+    student, teacher, text = directories
+    own = StageSettings(tokens=128, batch_tokens=32, context_length=16)
+    data = DataSettings(sources=(str(text),), context_length=16, batch_tokens=32)
+    settings = DistillSettings(device="cpu", data=data, stage1=own, validate_every=2, checkpoint_every=2)
+    opened, runs = [], []
+
+    def spy(path: Path, ranks: Ranks, **options: Any) -> HybridModel:
+        opened.append(open_model(path, ranks, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("hrwkv.distill.trainer.open_model", spy)
+    for name in ("apart", "shared"):
+        with monkeypatch.context() as patch:
+            if name == "apart":
+                patch.setattr(Stage, "shares", lambda self, mode: False)
+            out = tmp_path / name
+            distill(student, teacher, out, settings, stages=[1], resume=False, observer=lambda progress: None)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        timed = ("tokens_per_second", "seconds_left")
+        runs.append([{key: value for key, value in row.items() if key not in timed} for row in rows])
+    assert runs[0] == runs[1]
+    assert filecmp.cmpfiles(
+        tmp_path / "apart/stage1", tmp_path / "shared/stage1", ["model.safetensors"], shallow=False
+    )[0]
+    theirs = {parameter.data_ptr() for parameter in opened[2].parameters()}
+    shared = {name for name, p in opened[3].named_parameters() if p.data_ptr() in theirs}
+    assert shared == {name for name, _ in opened[3].named_parameters() if FROZEN.fullmatch(name)}
+
+
+def test_stage_1_of_mode_all_takes_a_student_with_other_mlps(
+    directories: Directories, tmp_path: Path
+) -> None:
+    """Trained in mode all before: what differs from the teacher stays the student's own."""
+    student_path, teacher_path, _ = directories
+    changed, name = load_model(student_path), "model.layers.2.mlp.up_proj.weight"
+    with torch.no_grad():
+        changed.get_parameter(name).mul_(1.5)
+    save_model(changed, tmp_path / "changed", companions=student_path)
+    teacher = load_model(teacher_path)
+    student = load_model(tmp_path / "changed", fitting=Shared(teacher, required=False))
+    assert torch.equal(student.get_parameter(name), changed.get_parameter(name))
+    assert student.model.norm.weight is teacher.model.norm.weight

@@ -75,6 +75,24 @@ def test_what_is_advised_fits(share: float, mode: str) -> None:
     assert (f"--gpus {found.gpus}" in found.words) == (found.gpus != 1)
 
 
+def test_a_batch_of_too_few_rows_for_more_gpus_is_made_larger() -> None:
+    """Two rows kept a 72B model from every plan for more than two GPUs: no change helped."""
+    few = replace(SETTINGS, data=DataSettings(context_length=1024, batch_tokens=2 * 1024))
+    share = {f"stage{number}": StageSettings(batch_tokens=8 * 1024) for number in (1, 2, 3)}
+    gpu = gpu_of(needs(replace(few, **share), gpus=8))
+    found = smallest_change(PAIR, few, gpu, gpus=8)
+    assert found is not None
+    assert found.words == tuple(f"stage{number}.batch_tokens = 8192" for number in (1, 2, 3))
+    assert make_plan(PAIR, found.settings, gpu, gpus=8).fits
+    narrow = replace(few, dtype="bfloat16", parallel="fsdp2", reduce_each_micro_batch=True)
+    small = gpu_of(0.2 * needs(narrow))
+    found = smallest_change(PAIR, narrow, small, gpus=1)
+    assert found is not None
+    assert found.gpus > 2
+    assert found.settings.mode == "all"
+    assert make_plan(PAIR, found.settings, small, gpus=found.gpus).fits
+
+
 def test_no_change_helps_a_gpu_without_memory() -> None:
     assert smallest_change(PAIR, SETTINGS, gpu_of(0), gpus=1) is None
 

@@ -54,7 +54,7 @@ def one_step(
         CPU,
         dtype=torch.float32,
         trains=lambda name: trains(name, stage=STAGES[stage], mode=mode, unread=config.unread_parameters),
-        fitting=Shared(teacher) if mode == "frozen-mlp" else None,
+        fitting=Shared(teacher) if STAGES[stage].shares(mode) else None,
     ).train()
     ids = torch.randint(260, (64,), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch.from_lengths([16] * 4)

@@ -89,3 +89,23 @@ def test_a_missing_fact_is_an_error_and_no_empty_place() -> None:
 def test_a_folder_without_a_log_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no log\.jsonl"):
         write_card(tmp_path, tmp_path, teacher=tmp_path, base_model="x")
+
+
+@pytest.mark.parametrize("front", ["license: [", "only words"])
+def test_a_teachers_damaged_card_costs_the_licence_alone(front: str, tmp_path: Path) -> None:
+    """It ended a finished run with a traceback, and every resume of it."""
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Teacher\n")
+    assert licence_of(tmp_path) is None
+
+
+def test_the_card_names_the_text(finished: Path) -> None:
+    (source,) = json.loads((finished / "recipe.json").read_text())["2"]["data.sources"]
+    assert f"tokens of text ({source}) in" in (finished / "README.md").read_text()
+
+
+def test_rows_that_are_missing_are_told(finished: Path) -> None:
+    """A log without its last rows ended a finished run in a StopIteration."""
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    cut = [row for row in log if row["stage"] == 1 and "validation" not in row]
+    with pytest.raises(ValueError, match=r"log.jsonl has no validation of stage 1"):
+        stage_facts(cut)

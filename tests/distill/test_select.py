@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from hrwkv.data.documents import read_documents
+from hrwkv.data.packing import PackedStream
+from hrwkv.data.tokens import tokenize_documents
 from hrwkv.distill.select import (
     TEXT,
     SelectProgress,
@@ -119,6 +124,41 @@ def test_greedy_adds_the_layer_of_least_kl_each_time(aligned, settings, tmp_path
     assert gains[first] == pytest.approx(kl([]) - kl([first]), rel=1e-4)
     assert gains[second] == pytest.approx(kl([first]) - kl([first, second]), rel=1e-4)
     assert found.base[TEXT].kl == pytest.approx(kl([]), rel=1e-5)
+
+
+def test_weighted_text_and_chats_are_read_as_training_reads_them(aligned, settings, tmp_path) -> None:
+    """A selection's ``source=weight`` named no file, and chat messages were no text."""
+    sources = []
+    for name, word in (("a", "alpha "), ("b", "beta ")):
+        chats = [{"messages": [{"role": "user", "content": f"{number} {word * 9}"}]} for number in range(900)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        sources.append(str(path))
+    _, teacher = aligned
+    chatty = tmp_path / "teacher"
+    shutil.copytree(teacher, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    tokenizer.save_pretrained(chatty)
+    weighted = (f"{sources[0]}=3", f"{sources[1]}=1")
+    probes = read_probes(chatty, replace(settings, sources=weighted, batch_tokens=400, tokens=800))
+    rows = torch.cat([probe.token_ids for probe in probes if probe.task == TEXT]).reshape(-1, 100)
+    assert sorted("beta" in tokenizer.decode(row) for row in rows) == [False] * 6 + [True] * 2
+    assert all("alpha" in tokenizer.decode(row) or "beta" in tokenizer.decode(row) for row in rows)
+
+
+def test_text_without_weights_is_one_stream(aligned, settings) -> None:
+    """Rows, documents and their number as ever, so that earlier scores stay comparable."""
+    _, teacher = aligned
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    store = tokenize_documents(read_documents(settings.sources, split="dev"), tokenizer)
+    stream = PackedStream(store, context_length=100, batch_tokens=200, seed=settings.seed)
+    found = [probe for probe in read_probes(teacher, settings) if probe.task == TEXT]
+    assert len(found) == max(min(400, len(store.tokens)) // 200, 1)
+    for index, probe in enumerate(found):
+        token_ids, batch = stream.batch(index)
+        assert torch.equal(probe.token_ids, token_ids)
+        assert probe.batch.lengths == batch.lengths
 
 
 @pytest.mark.parametrize(
