@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import hrwkv.server
 from hrwkv.server.schemas import ChatRequest, CompletionRequest
 from hrwkv.settings import EngineSettings, ServeSettings
 from tests.cli.conftest import Files, Run
@@ -57,6 +58,8 @@ def test_mistakes_are_one_line(
 
 
 def test_a_missing_extra_is_one_line(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The import below makes the package anew and hangs it into its parent: other tests want the old one back.
+    monkeypatch.setattr(hrwkv, "server", hrwkv.server)
     for name in [name for name in sys.modules if name.startswith("hrwkv.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
