@@ -29,6 +29,7 @@ TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+OTHER_TYPE = "invalid_request_error"
 RETRY_SECONDS = "1"
 # A client's own text comes back in some messages; no more of it than a line holds.
 MAX_MESSAGE, MAX_NAME = 500, 60
@@ -49,7 +50,7 @@ class ApiError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
-        kind = TYPES.get(self.status_code, "invalid_request_error")
+        kind = TYPES.get(self.status_code, OTHER_TYPE)
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
@@ -112,16 +113,23 @@ def refusing(param: str | None = None) -> Iterator[None]:
 def install(app: FastAPI) -> None:
     """Make every error of the app an ApiError's answer."""
 
+    def answer(request: Request, error: ApiError) -> Response:
+        # Not its message, where a client's own text may stand; path and field are theirs too, so quoted.
+        reason = error.code or TYPES.get(error.status_code, OTHER_TYPE)
+        about = f" {error.param!r}" if error.param else ""
+        logger.info("refused %r: %d %s%s", request.url.path, error.status_code, reason, about)
+        return error.response()
+
     async def refuse(request: Request, error: Exception) -> Response:
-        return api_error(error).response()
+        return answer(request, api_error(error))
 
     async def refuse_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return (error if isinstance(error, ApiError) else _framework_error(request, error)).response()
+        return answer(request, error if isinstance(error, ApiError) else _framework_error(request, error))
 
     async def refuse_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _body_error(error.errors()).response()
+        return answer(request, _body_error(error.errors()))
 
     app.add_exception_handler(EngineError, refuse)
     app.add_exception_handler(CapacityError, refuse)

@@ -92,6 +92,19 @@ def test_prompts_are_logged_only_if_asked_for(shown: bool, caplog: pytest.LogCap
     assert caplog.text.count("a secret") == (2 if shown else 0)
 
 
+def test_a_refusal_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hrwkv.server.errors")
+    app = fake_app(engine())
+    ask(app, "/v1/completions", {"prompt": "a", "top\nq": 1})
+    ask(app, "/v1/completions", {"prompt": "a", "n": "x"})
+    ask(app, "/v1/completions", {"prompt": "a", "top_p": -1})
+    assert [record.getMessage() for record in caplog.records] == [
+        "refused '/v1/completions': 400 unsupported_field 'top\\nq'",
+        "refused '/v1/completions': 422 invalid_request_error 'n'",
+        "refused '/v1/completions': 400 invalid_request_error",
+    ]
+
+
 def test_the_document_describes_every_route_and_error() -> None:
     document = ask(fake_app(engine()), "/openapi.json").json()
     routes = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/ready"}
