@@ -73,9 +73,10 @@ class Pipeline:
 
         Raises ValueError for a folder that is in use or has other settings, Stopped for an interruption.
         """
+        from hrwkv.distill.checkpointing import claimed
         from hrwkv.distill.parallel import barrier, joined
 
-        with joined(self.settings.device) as ranks, told_once(ranks):
+        with joined(self.settings.device) as ranks, told_once(ranks), claimed(self.out, ranks):
             self.display.console.quiet = not ranks.is_first
             facts = self._facts()
             begins = self._begins(facts, resume=resume)

@@ -9,6 +9,7 @@ is the step, because batches have random access.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -43,6 +44,36 @@ COSTS = (
 )
 
 Recipe = dict[str, Any]
+
+
+@contextlib.contextmanager
+def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of a folder in the ``with`` block, which may stand in another of the same folder.
+
+    The lock is a file beside the folder that the system gives up with the process, however it ends. Raises
+    ValueError on every process if another run holds it.
+    """
+    import filelock
+
+    path = out.absolute()
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    refusal: Exception | None = None
+    if ranks.is_first:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            refusal = ValueError(f"another run works in {out}: wait for its end, or choose another output")
+        except OSError as error:
+            refusal = error
+    agree(refusal, ranks)
+    try:
+        yield
+    finally:
+        if ranks.is_first:
+            if lock.lock_counter == 1:  # the outermost block; a claimant checks that its file is still there
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

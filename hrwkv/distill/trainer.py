@@ -16,6 +16,7 @@ from hrwkv.distill.checkpointing import (
     Checkpoints,
     Recipe,
     check_recipe,
+    claimed,
     remove_checkpoints,
     stage_recipe,
     write_json,
@@ -81,7 +82,7 @@ def distill(
     if not stages or list(stages) != sorted(set(stages) & STAGES.keys()):
         raise ValueError(f"stages are {list(stages)}, expected some of 1, 2, 3 in rising order")
     check_pair(load_config(student), load_config(teacher))
-    with joined(settings.device) as ranks:
+    with joined(settings.device) as ranks, claimed(out, ranks):
         if settings.dtype == "bfloat16" and ranks.device.type == "cpu":
             raise ValueError(
                 "dtype is 'bfloat16' on a CPU, where it is up to 100 times slower: use float32 there"

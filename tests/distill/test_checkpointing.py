@@ -1,12 +1,14 @@
 """What a checkpoint holds, and that whatever stops the writing of one leaves the one before."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hrwkv.distill.checkpointing import Checkpoint, Checkpoints, write_model
+from hrwkv.distill.checkpointing import Checkpoint, Checkpoints, claimed, write_model
 from hrwkv.distill.optimiser import build_optimiser, optimiser_state
 from hrwkv.distill.parallel import Engine, Ranks, open_model, start
 from hrwkv.distill.stages import STAGES, trains
@@ -140,3 +142,34 @@ def test_a_damaged_model_in_a_checkpoint_is_one_line(directories: Directories, t
     ) as caught:
         checkpoints.latest(1)
     assert "\n" not in str(caught.value)
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+import torch
+from hrwkv.distill.checkpointing import claimed
+from hrwkv.distill.parallel import Ranks
+try:
+    with claimed(Path(sys.argv[1]), Ranks(0, 1, torch.device("cpu"))):
+        print("claimed")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    """Two runs in one folder wrote into one log, which lost rows."""
+    out = tmp_path / "new" / "run"
+
+    def claim_elsewhere() -> str:
+        command = [sys.executable, "-c", CLAIM, str(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+    with claimed(out, ALONE):
+        with claimed(out, ALONE):  # as a run of all steps and the stage in it
+            pass
+        refused = f"another run works in {out}: wait for its end, or choose another output"
+        assert claim_elsewhere() == refused
+    assert claim_elsewhere() == "claimed"
+    assert os.listdir(out.parent) == []
