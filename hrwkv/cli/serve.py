@@ -52,7 +52,7 @@ def _import_run() -> ModuleType:
 
 
 def _api_keys(settings: ServeSettings, run: ModuleType) -> list[str]:
-    """From the file and from the variable that the settings name. Raises ValueError for one without a key."""
+    """From the named file and variable. Raises ValueError where there is no usable key."""
     keys: list[str] = []
     if settings.api_key_file is not None:
         keys += run.read_keys(settings.api_key_file)
@@ -62,4 +62,6 @@ def _api_keys(settings: ServeSettings, run: ModuleType) -> list[str]:
             name = settings.api_key_env
             raise ValueError(f"environment variable {name} is empty or not set: put the key there")
         keys.append(key)
+    if not all(key.isascii() for key in keys):
+        raise ValueError("an API key has letters outside ASCII, which no HTTP header carries: choose another")
     return keys

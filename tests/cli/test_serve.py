@@ -36,6 +36,7 @@ def test_a_port_in_use_is_one_line(files: Files, run: Run) -> None:
         (["--api-key-env", "HRWKV_TEST_NO_SUCH_KEY"], "HRWKV_TEST_NO_SUCH_KEY is empty or not set"),
         (["--api-key-file", "none.txt"], "none.txt: No such file"),
         (["--api-key-file", "empty.txt"], "empty.txt holds no key: write one a line"),
+        (["--api-key-file", "accents.txt"], "letters outside ASCII"),
         (["--tls-key", "key.pem"], "tls_certificate, tls_key is (None, 'key.pem'), expected both or neither"),
         (
             ["--tls-key", "empty.txt", "--tls-certificate", "none.pem"],
@@ -52,6 +53,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n# no key\n")
+    (tmp_path / "accents.txt").write_text("cl\u00e9\n", encoding="utf-8")
     outcome = run("serve", files.student, *flags)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert says in outcome.err
