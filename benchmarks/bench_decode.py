@@ -170,10 +170,10 @@ def torch_wkv7(layer: Layer) -> Tensor:
 
 def torch_mixer(layer: Layer) -> Tensor:
     """The definitions of the work by elements and of the recurrence, one after the other."""
-    mixed, _ = mix_naive.mix(layer.rows, layer.weights, form=FORM, rope=layer.rope, first=layer.first)
+    mixed, bonus, _ = mix_naive.mix(layer.rows, layer.weights, form=FORM, rope=layer.rope, first=layer.first)
     heads = layer.rows.r.shape[1]
     o = _recur(layer, [mix_naive.repeat_heads(x, heads) for x in mixed])
-    return mix_naive.finish(o, mixed, layer.rows.gate, r_k=layer.weights.r_k)
+    return mix_naive.finish(o, mixed.v, layer.rows.gate, bonus=bonus)
 
 
 def _recur(layer: Layer, tokens: Sequence[Tensor]) -> Tensor:

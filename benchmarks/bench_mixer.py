@@ -64,9 +64,9 @@ def run(form: str, layer: Layer) -> Tensor:
     mix, wkv7, finish = FORMS[form]
     num = len(layer.slots)
     lengths = [len(layer.rows.r) // num] * num
-    mixed, _ = mix(layer.rows, layer.weights, form=FORM, rope=layer.rope, first=layer.first)
+    mixed, bonus, _ = mix(layer.rows, layer.weights, form=FORM, rope=layer.rope, first=layer.first)
     o, _ = wkv7(*mixed, cu_seqlens=layer.cu_seqlens, lengths=lengths)
-    return finish(o, mixed, layer.rows.gate, r_k=layer.weights.r_k)
+    return finish(o, mixed.v, layer.rows.gate, bonus=bonus)
 
 
 def run_decode(layer: Layer) -> Tensor:

@@ -157,9 +157,9 @@ class TimeMix(Projections):
                 state_slots=batch.state_slots,
             )
         else:
-            mixed, first = mix(rows, weights, form=self.form, rope=rope, first=first)
+            mixed, bonus, first = mix(rows, weights, form=self.form, rope=rope, first=first)
             o = _recur(mixed, batch, state)
-            y = finish(o, mixed, rows.gate, r_k=weights.r_k)
+            y = finish(o, mixed.v, rows.gate, bonus=bonus)
         return self.output(y.flatten(1)), first
 
     def _project(self, x: Tensor, *, in_first: bool) -> Rows:

@@ -18,21 +18,25 @@ __all__ = ["FirstLayer", "Form", "Mixed", "Rope", "Rows", "Weights", "check", "f
 
 def mix(
     rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
-) -> tuple[Mixed, FirstLayer | None]:
+) -> tuple[Mixed, Tensor | None, FirstLayer | None]:
     """Norms, RoPE, residuals to the first layer, rates, decay, kk and the key's scale: hxa079.md (3) to (10).
+
+    And the bonus's factor of v (13), which needs r and k once more but no state.
 
     Computed in fp32 (fp64 for fp64 rows) and rounded once, where a result is stored. Differentiable in every
     row, every weight and ``first``.
 
     Args:
         rows: what the matrix products give; ``rows.gate`` is not read here.
-        weights: the mixer's vectors; ``weights.r_k`` is not read here.
+        weights: the mixer's vectors.
         form: the variant's choices, hxa079.md, section 7.
         rope: cos and sin, each ``[T, K / 2]`` fp32, or None for no position encoding.
         first: the first layer's value ``[T, H_v, K]`` and key ``[T, H_kv, K]``, or None in that layer.
 
     Returns:
-        ``Mixed``, and ``first``: in the first layer this layer's value and key, if a residual will read them.
+        ``Mixed``; the bonus ``sum_n r[n] k[n] r_k[n]``, ``[T, H]`` fp32 (fp64 for fp64 rows), or None without
+        ``weights.r_k``; and ``first``: in the first layer this layer's value and key, if a residual will
+        read them.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit one another, or a tensor that the form reads is
@@ -46,16 +50,16 @@ def mix(
     return naive.mix(rows, weights, form=form, rope=rope, first=first)
 
 
-def finish(o: Tensor, mixed: Mixed, gate: Tensor, *, r_k: Tensor | None) -> Tensor:
-    """``(o K^-0.5 + (sum r k r_k) v) * gate``, hxa079.md (12) to (14) up to W_o.
+def finish(o: Tensor, v: Tensor, gate: Tensor, *, bonus: Tensor | None) -> Tensor:
+    """``(o K^-0.5 + bonus v) * gate``, hxa079.md (12) to (14) up to W_o.
 
     Computed in fp32 (fp64 for fp64 o) and rounded once. Differentiable in everything that it reads.
 
     Args:
         o: ``[T, H, K]``, what the recurrence returns.
-        mixed: r, k and v are read, and only with ``r_k``.
+        v: ``[T, H_v, K]``, the value that the recurrence took; read only with a bonus.
         gate: ``[T, H, K]``.
-        r_k: the bonus's weights, ``[H, K]`` or flat, or None for no bonus.
+        bonus: ``[T, H]`` as ``mix`` returns it, or None for no bonus.
 
     Returns:
         y ``[T, H, K]`` in the dtype of o.
@@ -65,16 +69,14 @@ def finish(o: Tensor, mixed: Mixed, gate: Tensor, *, r_k: Tensor | None) -> Tens
     """
     _check_heads("o", o)
     _check("gate", gate, shape=o.shape, like=o)
-    if r_k is not None:
-        _check("mixed.r", mixed.r, shape=o.shape, like=o)
-        _check("mixed.k", mixed.k, shape=o.shape, like=o)
-        _check("mixed.v", mixed.v, shape=_shared(mixed.v, like=o), like=o)
-        _check_vector("r_k", r_k, heads=o.shape[1], like=o)
+    if bonus is not None:
+        _check("v", v, shape=_shared(v, like=o), like=o)
+        _check("bonus", bonus, shape=o.shape[:2], like=o)
     if _runs_fused(o):
         from hrwkv.kernels.mix import fused_finish
 
-        return fused_finish.finish(o, mixed, gate, r_k=r_k)
-    return naive.finish(o, mixed, gate, r_k=r_k)
+        return fused_finish.finish(o, v, gate, bonus=bonus)
+    return naive.finish(o, v, gate, bonus=bonus)
 
 
 def check(rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None) -> None:

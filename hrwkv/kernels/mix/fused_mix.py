@@ -39,6 +39,7 @@ from hrwkv.kernels.mix.tiles import (
 )
 
 NUM_WARPS = 4
+STAGES = 2  # the next head's rows are on their way while one is worked on
 BLOCK_PAIRS = 1024  # BT * P: eight pairs a thread, two loads of 16 bytes in bf16
 
 
@@ -49,6 +50,7 @@ def forward_kernel(
     rope,
     first,
     mixed,
+    bonus,
     k_first,
     T,
     eps,
@@ -59,8 +61,9 @@ def forward_kernel(
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
     P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Write ``mixed`` and, in the first layer, its key before (10) to k_first.
+    """Write ``mixed``, bonus [T, H] fp32 if there is one and, in the first layer, its key before (10).
 
     rows, weights, mixed: the tuples of ``naive``, of pointers; mixed.r and mixed.v are None where they are
     the rows themselves. rope and first: two pointers, or two None. REPEATED: the value residual is on the
@@ -78,24 +81,30 @@ def forward_kernel(
     if mixed.v is not None and not REPEATED:
         v = residual(load(rows.v, kv, live), kv, live, rows.value, weights.v0, kv_vector, first[0])
         store(mixed.v, kv, v, live)
-    for group in range(H // H_KV):
+    for group in tl.range(0, H // H_KV, num_stages=STAGES):
         head = kv_head * (H // H_KV) + group
         q = (start * H + head) * K + token * (H * K) + column
         vector = head * K + column
         decay = load(rows.decay, q, live) + load(weights.w0, vector, live)
         iclr = load(rows.iclr, q, live) + load(weights.a0, vector, live)
-        if mixed.r is not None:
-            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K)
-            if rope is not None:
-                r = rotate(r, cos, sin)
-            store(mixed.r, q, r, live)
         if mixed.v is not None and REPEATED:
             v = residual(load(rows.v, kv, live), q, live, rows.value, weights.v0, vector, first[0])
             store(mixed.v, q, v, live)
         iclr, log_decay, factor, _ = rates(decay, iclr, LOG_LOG)
         store(mixed.log_decay, q, log_decay, live)
-        store(mixed.k, q, k * factor, live)
+        scaled = k * factor
+        store(mixed.k, q, scaled, live)
         store(mixed.b, q, k * (scale * iclr), live)
+        if mixed.r is not None or bonus is not None:
+            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K)
+            if rope is not None:
+                r = rotate(r, cos, sin)
+            if mixed.r is not None:
+                store(mixed.r, q, r, live)
+            if bonus is not None:
+                weight = load(weights.r_k, vector, live)
+                row = (start + tl.arange(0, BT)[:, None, None]) * H + head
+                tl.store(bonus + row, sum_row(r * scaled * weight), mask=start + token < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -104,7 +113,9 @@ def backward_kernel(
     weights,
     rope,
     first,
+    r,
     dmixed,
+    dbonus,
     dk_first,
     drows,
     dweights,
@@ -118,8 +129,9 @@ def backward_kernel(
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
     P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """From dmixed and dk_first the gradients of everything that came in.
+    """From dmixed, dbonus and dk_first the gradients of everything that came in; r as the forward wrote it.
 
     dweights: partial sums, [blocks, heads, K] and, for the norms, [blocks, H_kv, K] fp32. dfirst: two
     pointers, or two None where no gradient of layer 0 is asked for.
@@ -154,7 +166,7 @@ def backward_kernel(
             )
             store(drows.v, kv, dv, live)
             store_sum(dweights.v0, block * H_KV + kv_head, dv0, K, P)
-    for group in range(H // H_KV):
+    for group in tl.range(0, H // H_KV, num_stages=STAGES):
         head = kv_head * (H // H_KV) + group
         q = (start * H + head) * K + token * (H * K) + column
         vector = head * K + column
@@ -163,6 +175,17 @@ def backward_kernel(
         dlog_decay = load(dmixed.log_decay, q, live)
         dscaled, db = load(dmixed.k, q, live), load(dmixed.b, q, live)
         iclr, log_decay, factor, slope = rates(decay, iclr, LOG_LOG)
+        if dmixed.r is not None:
+            dr = load(dmixed.r, q, live)
+        elif drows.r is not None:
+            dr = tl.zeros((BT, 2, P), tl.float32)
+        if dbonus is not None:
+            upstream = load(dbonus, (start + token) * H + head, start + token < T)
+            receptance = load(r, q, live)
+            weighted = upstream * load(weights.r_k, vector, live)
+            dr += weighted * (k * factor)
+            dscaled += weighted * receptance
+            store_sum(dweights.r_k, block * H + head, upstream * receptance * (k * factor), K, P)
         dk += dscaled * factor
         dkk += db * iclr
         if LOG_LOG:
@@ -175,8 +198,7 @@ def backward_kernel(
         store(drows.iclr, q, diclr, live)
         store_sum(dweights.w0, block * H + head, ddecay, K, P)
         store_sum(dweights.a0, block * H + head, diclr, K, P)
-        if dmixed.r is not None:
-            dr = load(dmixed.r, q, live)
+        if drows.r is not None:
             if rope is not None:
                 dr = rotate(dr, cos, -sin)
             if weights.r_norm is not None:
@@ -222,7 +244,7 @@ def backward_kernel(
 
 def mix(
     rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
-) -> tuple[Mixed, FirstLayer | None]:
+) -> tuple[Mixed, Tensor | None, FirstLayer | None]:
     """The contract is ``hrwkv.kernels.mix.mix``'s; fp32 inside."""
     gates_value = form.value_residual in ("gated", "gated_repeated")
     starts = first is None and (gates_value or weights.k0 is not None)
@@ -230,19 +252,17 @@ def mix(
     reads_key = weights.k0 is not None and not starts
     turns = rope is not None or weights.r_norm is not None
     v_first, k_first = (None, None) if first is None else first
-    r, log_decay, k, v, a, b, own_key = _Mix.apply(
+    r, log_decay, k, v, a, b, bonus, own_key = _Mix.apply(
         form,
         rope,
         starts,
         *rows._replace(
-            r=_kept(rows.r, turns),
+            r=_kept(rows.r, turns or weights.r_k is not None),
             gate=_kept(rows.gate, False),
             value=_kept(rows.value, reads_value),
             key=_kept(rows.key, reads_key),
         ),
-        *weights._replace(
-            v0=_kept(weights.v0, reads_value and gates_value), k0=_kept(weights.k0, reads_key), r_k=None
-        ),
+        *weights._replace(v0=_kept(weights.v0, reads_value and gates_value), k0=_kept(weights.k0, reads_key)),
         _kept(v_first, reads_value and gates_value),
         _kept(k_first, reads_key),
     )
@@ -250,7 +270,7 @@ def mix(
         repeated = form.value_residual in ("gated_repeated", "low_rank")
         v = repeat_heads(rows.v, rows.r.shape[1]) if repeated else rows.v
     mixed = Mixed(r=r if turns else rows.r, log_decay=log_decay, k=k, v=v, a=a, b=b)
-    return mixed, (v, own_key) if starts else first
+    return mixed, bonus, (v, own_key) if starts else first
 
 
 class _Mix(torch.autograd.Function):
@@ -262,10 +282,10 @@ class _Mix(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         kept = [None if x is None else x.contiguous() for x in tensors]
         ctx.form, ctx.rope = form, None if rope is None else tuple(x.contiguous() for x in rope)
-        ctx.save_for_backward(*kept)
         rows, weights, first = _grouped(kept)
+        turns = rope is not None or weights.r_norm is not None
         mixed = Mixed(
-            r=_like(rows.r),
+            r=_like(_kept(rows.r, turns)),
             log_decay=torch.empty_like(rows.decay, dtype=torch.float32),
             k=torch.empty_like(rows.decay),
             v=_like(rows.value),
@@ -273,6 +293,7 @@ class _Mix(torch.autograd.Function):
             b=torch.empty_like(rows.decay),
         )
         k_first = torch.empty_like(rows.k) if starts else None
+        bonus = None if weights.r_k is None else rows.decay.new_empty(rows.decay.shape[:2], dtype=torch.float32)
         with torch.cuda.device_of(rows.k):
             forward_kernel[_grid(rows)](
                 rows,
@@ -280,19 +301,25 @@ class _Mix(torch.autograd.Function):
                 ctx.rope,
                 first,
                 mixed,
+                bonus,
                 k_first,
                 len(rows.k),
                 form.norm_eps,
                 **_sizes(rows, form),
             )
-        return *mixed, k_first
+        # The recurrence keeps mixed.r as well, so the rows behind it are given back where no norm needs them.
+        if weights.r_norm is None:
+            kept[0] = None
+        ctx.save_for_backward(*kept, rows.r if mixed.r is None else mixed.r)
+        return *mixed, bonus, k_first
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        rows, weights, first = _grouped(ctx.saved_tensors)
-        upstream: list[Any] = [None if grad is None else grad.contiguous() for grad in grads]
-        drows = Rows(*map(_like, rows))._replace(v=_kept(_like(rows.v), rows.value is not None))
+        *kept, r = ctx.saved_tensors
+        rows, weights, first = _grouped(kept)
+        *dmixed, dbonus, dk_first = (None if grad is None else grad.contiguous() for grad in grads)
+        drows = Rows(*map(_like, rows))._replace(r=_like(r), v=_kept(_like(rows.v), rows.value is not None))
         needed = ctx.needs_input_grad[-len(first) :]
         dfirst = tuple(_like(x) if need else None for x, need in zip(first, needed, strict=True))
         partial = _partial_sums(rows, weights)
@@ -302,8 +329,10 @@ class _Mix(torch.autograd.Function):
                 weights,
                 ctx.rope,
                 first,
-                Mixed(*upstream[:-1]),
-                upstream[-1],
+                r,
+                Mixed(*dmixed),
+                dbonus,
+                dk_first,
                 drows,
                 partial,
                 dfirst,
@@ -368,5 +397,6 @@ def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
         "REPEATED": form.value_residual in ("gated_repeated", "low_rank"),
         "BT": tokens,
         "P": pairs,
+        "STAGES": STAGES,
         "num_warps": NUM_WARPS,
     }

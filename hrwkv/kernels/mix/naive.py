@@ -77,7 +77,7 @@ class Mixed(NamedTuple):
 
 def mix(
     rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
-) -> tuple[Mixed, FirstLayer | None]:
+) -> tuple[Mixed, Tensor | None, FirstLayer | None]:
     """Make what the recurrence takes from the rows; the contract is ``hrwkv.kernels.mix.mix``'s."""
     stored = rows.r.dtype
     dtype = torch.promote_types(stored, torch.float32)
@@ -108,18 +108,18 @@ def mix(
     scale = w if form.key_scale == "log_log" else log_decay.exp()
     k = repeat_heads(k, r.shape[1]) * (1 - scale + iclr)  # (10, 33)
     b = repeat_heads(kk, r.shape[1]) * iclr
+    r_k = weights.r_k
+    bonus = None if r_k is None else (r * k * r_k.to(dtype).view(r.shape[1:])).sum(-1)
     r, k, v, a, b = (x.to(stored) for x in (r, k, v, -kk, b))
-    return Mixed(r=r, log_decay=log_decay, k=k, v=v, a=a, b=b), first
+    return Mixed(r=r, log_decay=log_decay, k=k, v=v, a=a, b=b), bonus, first
 
 
-def finish(o: Tensor, mixed: Mixed, gate: Tensor, *, r_k: Tensor | None) -> Tensor:
+def finish(o: Tensor, v: Tensor, gate: Tensor, *, bonus: Tensor | None) -> Tensor:
     """Scale, bonus and gate (12 to 14); the contract is ``hrwkv.kernels.mix.finish``'s."""
     dtype = torch.promote_types(o.dtype, torch.float32)
     y = o.to(dtype) * o.shape[-1] ** -0.5  # (12)
-    if r_k is not None:
-        r, k, v = (x.to(dtype) for x in (mixed.r, mixed.k, mixed.v))
-        bonus = (r * k * r_k.to(dtype).view(r.shape[1:])).sum(-1, keepdim=True)
-        y = y + bonus * repeat_heads(v, r.shape[1])  # (13), not scaled
+    if bonus is not None:
+        y = y + bonus.to(dtype).unsqueeze(-1) * repeat_heads(v.to(dtype), o.shape[1])  # (13), not scaled
     return (y * gate.to(dtype)).to(o.dtype)  # (14) up to W_o
 
 

@@ -151,9 +151,9 @@ def mixer_decode(
         ValueError: if shapes, dtypes or devices do not fit one another.
     """
     if not _fits_triton(rows.r, rows.v):
-        mixed, first = mix(rows, weights, form=form, rope=rope, first=first)
+        mixed, bonus, first = mix(rows, weights, form=form, rope=rope, first=first)
         o = wkv7_decode(*mixed, state=state, state_slots=state_slots)
-        return finish(o, mixed, rows.gate, r_k=weights.r_k), first
+        return finish(o, mixed.v, rows.gate, bonus=bonus), first
     check(rows, weights, form=form, rope=rope, first=first)
     _check_pool(state, state_slots, r=rows.r, v=rows.v)
     from hrwkv.kernels.wkv7 import decode

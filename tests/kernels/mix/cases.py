@@ -99,15 +99,19 @@ def converted(case: Case, dtype: torch.dtype, *, device: str = "cpu") -> Case:
     )
 
 
-def run_mix(form: Callable[..., tuple[Mixed, FirstLayer | None]], case: Case) -> dict[str, Tensor]:
+def run_mix(
+    form: Callable[..., tuple[Mixed, Tensor | None, FirstLayer | None]], case: Case
+) -> dict[str, Tensor]:
     """Every output, and every gradient of a fixed random projection of all outputs."""
     rows, weights, first = _leaves(case.rows), _leaves(case.weights), case.first and _leaves(case.first)
-    mixed, first_out = form(rows, weights, form=case.form, rope=case.rope, first=first)
+    mixed, bonus, first_out = form(rows, weights, form=case.form, rope=case.rope, first=first)
     outputs = {name: x for name, x in mixed._asdict().items() if x is not None}
+    if bonus is not None:
+        outputs["bonus"] = bonus
     if case.first is None and first_out is not None:
         outputs |= {"v_first": first_out[0], "k_first": first_out[1]}
     leaves = {f"drows.{name}": x for name, x in rows._asdict().items() if name != "gate"}
-    leaves |= {f"dweights.{name}": x for name, x in weights._asdict().items() if name != "r_k"}
+    leaves |= {f"dweights.{name}": x for name, x in weights._asdict().items()}
     if first is not None:
         leaves |= {"dv_first": first[0], "dk_first": first[1]}
     return _with_grads(outputs, leaves)
@@ -116,19 +120,16 @@ def run_mix(form: Callable[..., tuple[Mixed, FirstLayer | None]], case: Case) ->
 def make_finish(
     *, num_tokens: int = 15, heads: int = 4, value_heads: int = 2, size: int = 32
 ) -> dict[str, Tensor | None]:
-    """Give random fp64 inputs of ``finish`` by name; r, k and v are ``mixed``'s."""
+    """Give random fp64 inputs of ``finish`` by name."""
     full, shared = (num_tokens, heads, size), (num_tokens, value_heads, size)
-    shapes = {"o": full, "r": full, "k": full, "v": shared, "gate": full, "r_k": (heads, size)}
+    shapes = {"o": full, "v": shared, "gate": full, "bonus": (num_tokens, heads)}
     return {name: torch.randn(shape, dtype=DOUBLE) for name, shape in shapes.items()}
 
 
 def run_finish(form: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """y, and the gradient of a fixed random projection of it in everything that is read."""
     leaves = {name: None if x is None else x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    # The other fields are not read.
-    r, k, v = leaves["r"], leaves["k"], leaves["v"]
-    mixed = Mixed(r=r, log_decay=None, k=k, v=v, a=None, b=None)
-    y = form(leaves["o"], mixed, leaves["gate"], r_k=leaves["r_k"])
+    y = form(leaves["o"], leaves["v"], leaves["gate"], bonus=leaves["bonus"])
     return _with_grads({"y": y}, {f"d{name}": x for name, x in leaves.items()})
 
 

@@ -118,7 +118,7 @@ def test_a_first_layer_without_gradients_gets_none(place):
     device, dtype, _ = place
     case = converted(make_case(num_tokens=5), dtype, device=device)
     rows = case.rows._replace(r=case.rows.r.requires_grad_(), k=case.rows.k.requires_grad_())
-    mixed, first = fused_mix.mix(rows, case.weights, form=case.form, rope=case.rope, first=case.first)
+    mixed, _, first = fused_mix.mix(rows, case.weights, form=case.form, rope=case.rope, first=case.first)
     assert first is case.first
     mixed.k.float().sum().backward()
     assert rows.k.grad.isfinite().all()
@@ -126,17 +126,17 @@ def test_a_first_layer_without_gradients_gets_none(place):
 
 
 @everywhere
-def test_nothing_but_the_inputs_is_kept(place):
+def test_nothing_is_kept_but_what_came_in_and_what_the_recurrence_keeps(place):
     device, dtype, _ = place
     case = converted(make_case(num_tokens=5), dtype, device=device)
     rows = case.rows._replace(r=case.rows.r.requires_grad_())
     given, kept = {x.data_ptr() for x in (*rows, *case.weights, *case.first) if x is not None}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        mixed, _ = fused_mix.mix(rows, case.weights, form=case.form, rope=case.rope, first=case.first)
-        assert {x.data_ptr() for x in kept} <= given
+        mixed, bonus, _ = fused_mix.mix(rows, case.weights, form=case.form, rope=case.rope, first=case.first)
         given |= {x.data_ptr() for x in mixed}
-        fused_finish.finish(mixed.b, mixed, rows.gate, r_k=case.weights.r_k)
-    assert {x.data_ptr() for x in kept} <= given
+        assert {x.data_ptr() for x in kept} <= given - {rows.r.data_ptr()}
+        fused_finish.finish(mixed.b, mixed.v, rows.gate, bonus=bonus)
+    assert {x.data_ptr() for x in kept} <= given | {bonus.data_ptr()}
 
 
 @everywhere
@@ -151,7 +151,7 @@ def test_finish_equals_naive(num_tokens, size, place):
 @pytest.mark.parametrize(("heads", "value_heads"), [(3, 3), (3, 1), (6, 2), (1, 1)])
 def test_finish_of_any_group_of_heads_equals_naive(heads, value_heads, bonus, place):
     inputs = make_finish(num_tokens=5, heads=heads, value_heads=value_heads, size=24)
-    check_finish(inputs if bonus else inputs | {"r_k": None}, place)
+    check_finish(inputs if bonus else inputs | {"bonus": None}, place)
 
 
 @everywhere

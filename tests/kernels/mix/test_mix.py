@@ -32,7 +32,8 @@ def call(case, **changes):
 def test_equations_element_by_element(variant, layer_0):
     """hxa079.md (4) to (10), (31) to (33), written out for every query head by itself."""
     case = make_case(variant, num_tokens=3, heads=4, kv_heads=2, size=6, layer_0=layer_0)
-    mixed, _ = call(case)
+    mixed, bonus, _ = call(case)
+    assert (bonus is None) == (not VARIANTS[variant][3])
     rows, weights, (cos, sin) = case.rows, case.weights, case.rope
 
     def rope(x):
@@ -65,6 +66,9 @@ def test_equations_element_by_element(variant, layer_0):
             "b": kk * iclr,
         }
         found = {name: naive.repeat_heads(x, 4)[:, head] for name, x in mixed._asdict().items()}
+        if VARIANTS[variant][3]:
+            expected["bonus"] = (expected["r"] * expected["k"] * of(weights.r_k, head)).sum(1)  # (13)
+            found["bonus"] = bonus[:, head]
         assert_near(found, expected, tolerance=1e-12)
 
 
@@ -72,9 +76,8 @@ def test_finish_element_by_element():
     inputs = make_finish(num_tokens=3, heads=4, value_heads=2, size=6)
     y = run_finish(kernels.finish, inputs)["y"]
     for head in range(4):
-        o, r, k, gate = (inputs[name][:, head] for name in ("o", "r", "k", "gate"))
-        bonus = (r * k * inputs["r_k"][head]).sum(1, keepdim=True)
-        expected = (o / 6**0.5 + bonus * inputs["v"][:, head // 2]) * gate
+        bonus = inputs["bonus"][:, head : head + 1]
+        expected = (inputs["o"][:, head] / 6**0.5 + bonus * inputs["v"][:, head // 2]) * inputs["gate"][:, head]
         assert_near({"y": y[:, head]}, {"y": expected}, tolerance=1e-12)
 
 
@@ -88,32 +91,32 @@ def test_q_and_k_norms_come_before_rope(variant):
             ("k", case.rows.k, case.weights.k_norm),
         )
     }
-    expected, _ = call(
+    expected, *_ = call(
         case, rows=case.rows._replace(**normed), weights=case.weights._replace(r_norm=None, k_norm=None)
     )
-    found, _ = call(case)
+    found, *_ = call(case)
     assert_near(found._asdict(), expected._asdict(), tolerance=1e-12)
 
 
 def test_the_first_layer_gives_its_value_and_key_to_the_others():
     case = make_case(layer_0=True, num_tokens=3)
-    mixed, (v_first, k_first) = call(case)
+    mixed, _, (v_first, k_first) = call(case)
     assert torch.equal(v_first, mixed.v)
     # The key as it is before (10): its direction is kk's.
     assert_near({"a": -torch.nn.functional.normalize(k_first, dim=-1)}, {"a": mixed.a}, tolerance=1e-12)
     later = make_case(num_tokens=3)
-    assert call(later)[1] is later.first
+    assert call(later)[2] is later.first
 
 
 @pytest.mark.parametrize("variant", ["hxa07a", "hxa07c"])
 def test_a_variant_without_residuals_to_layer_0_gives_none(variant):
-    assert call(make_case(variant, num_tokens=3))[1] is None
+    assert call(make_case(variant, num_tokens=3))[2] is None
 
 
 def test_vectors_may_be_flat_or_by_head():
     case = make_case(num_tokens=3)
     heads = {name: getattr(case.weights, name).view(-1, 32) for name in ("w0", "a0", "v0", "k0", "r_k")}
-    by_head, _ = call(case, weights=case.weights._replace(**heads))
+    by_head, *_ = call(case, weights=case.weights._replace(**heads))
     for x, y in zip(by_head, call(case)[0], strict=True):
         assert torch.equal(x, y)
 
@@ -173,7 +176,7 @@ def test_a_first_layer_or_rope_that_does_not_fit_is_refused():
         call(case, rope=(torch.ones(3, 32), torch.ones(3, 32)))
 
 
-@pytest.mark.parametrize("name", ["r", "k", "v", "gate", "r_k"])
+@pytest.mark.parametrize("name", ["v", "gate", "bonus"])
 def test_inputs_of_finish_that_do_not_fit_are_refused(name):
     inputs = make_finish(num_tokens=3)
     inputs[name] = inputs[name][..., :-1]

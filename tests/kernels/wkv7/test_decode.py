@@ -210,7 +210,7 @@ def check_mixer(variant, *, size, dtype, device, lengths=None, norm=False, rope=
     first = None if in_first else tuple(x.to(device, dtype) for x in first)
     pool = make_pool(state, slots, dtype=torch.float32, device=device)
     exact_rows, exact_weights = (cast(x, torch.float64, "cpu") for x in (rows, weights))
-    mixed, expected_first = mix_naive.mix(
+    mixed, bonus, expected_first = mix_naive.mix(
         exact_rows,
         exact_weights,
         form=form,
@@ -218,7 +218,7 @@ def check_mixer(variant, *, size, dtype, device, lengths=None, norm=False, rope=
         first=first and tuple(x.cpu() for x in first),
     )
     o, expected_pool = expected_steps(mixed, pool, slots, given)
-    expected_y = mix_naive.finish(o, mixed, exact_rows.gate, r_k=exact_weights.r_k)
+    expected_y = mix_naive.finish(o, mixed.v, exact_rows.gate, bonus=bonus)
     padding = [slot < 0 for slot in slots for _ in range(given[slots.index(slot)])]
     expected_y[torch.tensor(padding)] = 0
     y, found_first = mixer_decode(
