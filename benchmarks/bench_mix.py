@@ -56,36 +56,37 @@ def mix_inputs(shape: Sequence[int], *, dtype: torch.dtype, device: str) -> tupl
 
     full = [random(num_tokens, heads, size) for _ in range(3)]
     shared = [random(num_tokens, kv_heads, size) for _ in range(6)]
-    vectors = [random(count * size, dtype=torch.float32) for count in (heads, heads, kv_heads, kv_heads)]
+    of_vectors = (heads, heads, kv_heads, kv_heads, heads)
+    vectors = [random(count * size, dtype=torch.float32) for count in of_vectors]
     angle = torch.rand(num_tokens, size // 2, device=device) * 6.3
     leaves = [x.requires_grad_() for x in (*full, *shared, *vectors)]
     return leaves, (angle.cos(), angle.sin())
 
 
 def call_mix(
-    form: Callable[..., tuple[Mixed, object]], rope: tuple[Tensor, ...], leaves: Leaves
+    form: Callable[..., tuple[Mixed, Tensor, object]], rope: tuple[Tensor, ...], leaves: Leaves
 ) -> list[Tensor]:
-    """The outputs of ``mix`` of the leaves of ``mix_inputs``."""
-    r, decay, iclr, k, v, value, key, v_first, k_first, w0, a0, v0, k0 = leaves
+    """The outputs of ``mix`` of the leaves of ``mix_inputs``, the bonus last."""
+    r, decay, iclr, k, v, value, key, v_first, k_first, w0, a0, v0, k0, r_k = leaves
     rows = Rows(r=r, k=k, v=v, decay=decay, iclr=iclr, gate=r, value=value, key=key)
-    weights = Weights(w0=w0, a0=a0, v0=v0, k0=k0, r_k=None, r_norm=None, k_norm=None)
-    mixed, _ = form(rows, weights, form=FORM, rope=rope, first=(v_first, k_first))
-    return list(mixed)
+    weights = Weights(w0=w0, a0=a0, v0=v0, k0=k0, r_k=r_k, r_norm=None, k_norm=None)
+    mixed, bonus, _ = form(rows, weights, form=FORM, rope=rope, first=(v_first, k_first))
+    return [*mixed, bonus]
 
 
 def finish_inputs(shape: Sequence[int], *, dtype: torch.dtype, device: str) -> Leaves:
-    """o, r, k, gate, v and r_k as leaves."""
+    """o, gate, v and bonus as leaves."""
     num_tokens, heads, kv_heads, size = shape
-    full = [torch.randn(num_tokens, heads, size, dtype=dtype, device=device) for _ in range(4)]
+    full = [torch.randn(num_tokens, heads, size, dtype=dtype, device=device) for _ in range(2)]
     v = torch.randn(num_tokens, kv_heads, size, dtype=dtype, device=device)
-    r_k = torch.randn(heads, size, device=device)
-    return [x.requires_grad_() for x in (*full, v, r_k)]
+    bonus = torch.randn(num_tokens, heads, device=device)
+    return [x.requires_grad_() for x in (*full, v, bonus)]
 
 
 def call_finish(form: Callable[..., Tensor], leaves: Leaves) -> list[Tensor]:
-    """The output of ``finish`` of the leaves of ``finish_inputs``; the fields that it does not read are r."""
-    o, r, k, gate, v, r_k = leaves
-    return [form(o, Mixed(r=r, log_decay=r, k=k, v=v, a=r, b=r), gate, r_k=r_k)]
+    """The output of ``finish`` of the leaves of ``finish_inputs``."""
+    o, gate, v, bonus = leaves
+    return [form(o, v, gate, bonus=bonus)]
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -170,8 +171,7 @@ def benchmark(
     if compiled:
         compiled_mix = torch.compile(naive.mix, dynamic=False)
         forms["compile"] = lambda leaves: call_mix(compiled_mix, rope, leaves)
-    # Without a q/k norm the gradient of r needs no r.
-    table = rows_of("mix", forms, leaves, read_twice=leaves[1:], rate=rate, device=device)
+    table = rows_of("mix", forms, leaves, read_twice=leaves, rate=rate, device=device)
     del leaves
     leaves = finish_inputs(shape, dtype=torch.bfloat16, device=device)
     forms = {

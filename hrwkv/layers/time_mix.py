@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hrwkv.kernels.low_rank import Activation, expand
 from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
-from hrwkv.kernels.wkv7 import mixer_decode, wkv7, wkv7_decode
+from hrwkv.kernels.wkv7 import gated_wkv7, mixer_decode, wkv7_decode
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope
 from hrwkv.layers.projections import Projections
@@ -158,8 +158,7 @@ class TimeMix(Projections):
             )
         else:
             mixed, bonus, first = mix(rows, weights, form=self.form, rope=rope, first=first)
-            o = _recur(mixed, batch, state)
-            y = finish(o, mixed.v, rows.gate, bonus=bonus)
+            y = _recur(mixed, rows.gate, batch, bonus=bonus, state=state)
         return self.output(y.flatten(1)), first
 
     def _project(self, x: Tensor, *, in_first: bool) -> Rows:
@@ -207,25 +206,31 @@ class TimeMix(Projections):
         )
 
 
-def _recur(mixed: Mixed, batch: TokenBatch, state: Tensor | None) -> Tensor:
-    """The recurrence (11) over whole sequences, or over pieces that go on from the pool: o [T, H, K]."""
+def _recur(
+    mixed: Mixed, gate: Tensor, batch: TokenBatch, *, bonus: Tensor | None, state: Tensor | None
+) -> Tensor:
+    """(11) to (14) over whole sequences, or over pieces that go on from the pool: y [T, H, K]."""
     if state is None:
-        o, _ = wkv7(*mixed, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
-        return o
+        y, _ = gated_wkv7(mixed, gate, bonus=bonus, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        return y
     assert batch.state_slots is not None
     # Next tokens beside prompts: a step in place moves a state twice, a chunk with its copies six times.
     num = 0 if torch.is_grad_enabled() else batch.num_single
-    slots = batch.state_slots[num:]
-    first = [x[:num] for x in mixed]
-    stepped = wkv7_decode(*first, state=state, state_slots=batch.state_slots[:num]) if num else None
-    if stepped is not None and num == len(mixed.r):
-        return stepped
-    o, after = wkv7(
-        *(x[num:] for x in mixed),
-        cu_seqlens=batch.cu_seqlens[num:] - num,
-        lengths=batch.lengths[num:],
-        initial_state=state[slots],
-    )
-    # A pool with a graph would keep every earlier piece alive.
-    state[slots] = after.detach().to(state.dtype)
-    return o if stepped is None else torch.cat([stepped, o])
+    parts = []
+    if num:
+        o = wkv7_decode(*(x[:num] for x in mixed), state=state, state_slots=batch.state_slots[:num])
+        parts.append(finish(o, mixed.v[:num], gate[:num], bonus=None if bonus is None else bonus[:num]))
+    if num < len(batch.lengths) or not parts:
+        slots = batch.state_slots[num:]
+        y, after = gated_wkv7(
+            Mixed(*(x[num:] for x in mixed)),
+            gate[num:],
+            bonus=None if bonus is None else bonus[num:],
+            cu_seqlens=batch.cu_seqlens[num:] - num,
+            lengths=batch.lengths[num:],
+            initial_state=state[slots],
+        )
+        # A pool with a graph would keep every earlier piece alive.
+        state[slots] = after.detach().to(state.dtype)
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -293,7 +293,9 @@ class _Mix(torch.autograd.Function):
             b=torch.empty_like(rows.decay),
         )
         k_first = torch.empty_like(rows.k) if starts else None
-        bonus = None if weights.r_k is None else rows.decay.new_empty(rows.decay.shape[:2], dtype=torch.float32)
+        bonus = None
+        if weights.r_k is not None:
+            bonus = rows.decay.new_empty(rows.decay.shape[:2], dtype=torch.float32)
         with torch.cuda.device_of(rows.k):
             forward_kernel[_grid(rows)](
                 rows,
@@ -318,7 +320,8 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *kept, r = ctx.saved_tensors
         rows, weights, first = _grouped(kept)
-        *dmixed, dbonus, dk_first = (None if grad is None else grad.contiguous() for grad in grads)
+        upstream: list[Any] = [None if grad is None else grad.contiguous() for grad in grads]
+        *dmixed, dbonus, dk_first = upstream
         drows = Rows(*map(_like, rows))._replace(r=_like(r), v=_kept(_like(rows.v), rows.value is not None))
         needed = ctx.needs_input_grad[-len(first) :]
         dfirst = tuple(_like(x) if need else None for x, need in zip(first, needed, strict=True))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hrwkv.kernels.mix import FirstLayer, Form, Rope, Rows, Weights, check, finish, mix
+from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rope, Rows, Weights, check, check_finish, finish, mix
 from hrwkv.kernels.mix.naive import repeat_heads
 from hrwkv.kernels.wkv7 import chunk_torch, naive
 
@@ -53,21 +53,9 @@ def wkv7(
     Raises:
         ValueError: if shapes, dtypes, devices or lengths do not fit one another.
     """
-    _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
-    num_sequences = len(lengths)
-    if min(lengths, default=0) < 0 or sum(lengths) != len(r):
-        raise ValueError(
-            f"lengths are {_shorten(lengths)} with sum {sum(lengths)}, but r holds {len(r)} tokens: give one "
-            "length >= 0 per sequence, together the number of packed tokens"
-        )
-    if cu_seqlens.shape != (num_sequences + 1,):
-        raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [{num_sequences + 1}]: one more than "
-            f"the {num_sequences} lengths"
-        )
-    if initial_state is not None:
-        expected = (num_sequences, *k.shape[1:], v.shape[-1])
-        _check_state("initial_state", initial_state, shape=expected, like=v)
+    _check_sequences(
+        Mixed(r, log_decay, k, v, a, b), cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
+    )
     if _fits_triton(r, v):
         from hrwkv.kernels.wkv7 import chunk_triton  # Triton is looked for only where a tensor is on a GPU
 
@@ -77,6 +65,45 @@ def wkv7(
     v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
     return chunk_torch.wkv7(
         r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
+    )
+
+
+def gated_wkv7(
+    mixed: Mixed,
+    gate: Tensor,
+    *,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``wkv7`` and ``hrwkv.kernels.mix.finish``: from what ``mix`` gives to the output projection's input.
+
+    On a GPU without gradients both are the same launches, and o never reaches memory.
+
+    Args:
+        mixed: as ``hrwkv.kernels.mix.mix`` returns it; V is K here.
+        gate: ``[T, H, K]``.
+        bonus: ``[T, H]`` or None, as ``mix`` returns it.
+        cu_seqlens: as for ``wkv7``, and so are lengths and initial_state.
+        lengths: the N sequence lengths on the host.
+        initial_state: ``[N, H, K, V]``, or None for zeros.
+
+    Returns:
+        y ``[T, H, K]`` in the dtype of ``mixed.v``, and the state after each sequence as ``wkv7`` returns it.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices or lengths do not fit one another.
+    """
+    if torch.is_grad_enabled() or not _fits_triton(mixed.r, mixed.v):
+        o, final = wkv7(*mixed, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
+        return finish(o, mixed.v, gate, bonus=bonus), final
+    _check_sequences(mixed, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
+    check_finish(mixed.r, mixed.v, gate, bonus=bonus)
+    from hrwkv.kernels.wkv7 import chunk_triton
+
+    return chunk_triton.gated_wkv7(
+        mixed, gate, bonus=bonus, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
     )
 
 
@@ -167,6 +194,28 @@ def _fits_triton(r: Tensor, v: Tensor) -> bool:
     """True where the Triton kernels serve: on a GPU, up to fp32, at their head sizes."""
     sizes = r.shape[-1] in TRITON_SIZES and v.shape[-1] in TRITON_SIZES
     return r.is_cuda and sizes and torch.float64 not in (r.dtype, v.dtype)
+
+
+def _check_sequences(
+    mixed: Mixed, *, cu_seqlens: Tensor, lengths: Sequence[int], initial_state: Tensor | None
+) -> None:
+    """Refuse tokens, lengths or states that do not fit one another."""
+    r, log_decay, k, v, a, b = mixed
+    _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
+    num_sequences = len(lengths)
+    if min(lengths, default=0) < 0 or sum(lengths) != len(r):
+        raise ValueError(
+            f"lengths are {_shorten(lengths)} with sum {sum(lengths)}, but r holds {len(r)} tokens: give one "
+            "length >= 0 per sequence, together the number of packed tokens"
+        )
+    if cu_seqlens.shape != (num_sequences + 1,):
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [{num_sequences + 1}]: one more than "
+            f"the {num_sequences} lengths"
+        )
+    if initial_state is not None:
+        expected = (num_sequences, *k.shape[1:], v.shape[-1])
+        _check_state("initial_state", initial_state, shape=expected, like=v)
 
 
 def _check_tokens(r: Tensor, log_decay: Tensor, *, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> None:

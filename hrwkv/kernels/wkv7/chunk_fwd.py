@@ -200,6 +200,8 @@ def walk(
     p_rb,
     x,
     y,
+    gate,
+    bonus,
     inner,
     states,
     initial,
@@ -225,7 +227,8 @@ def walk(
     ``x`` is V or dO, ``y [T, H, V]`` O or dV; (read, write, mix, feed) are (W, B', E, K'), backwards
     (B', W, K', E). ``initial`` and ``final`` [N, H, K, V] fp32. ``KEEP`` writes what ``gradients`` needs: the
     state before each chunk (in walking order) to ``states`` [NT, H, V, K], U or dY to ``inner`` [NT, H, C,
-    V].
+    V]. With a ``gate`` [T, H, V], and with it a ``bonus`` [T, H] or None, y is what the output projection
+    takes, (12) to (14), from O as it would have been stored.
     """
     pair = tl.program_id(0) // (V // BV)  # one axis: CUDA's others end at 65,535
     value = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
@@ -239,6 +242,10 @@ def walk(
     key = tl.arange(0, TK)
     x += (first_token * H_X + head // (H // H_X)) * V
     y += (first_token * H + head) * V
+    if gate is not None:
+        gate += (first_token * H + head) * V
+    if bonus is not None:
+        bonus += first_token * H + head
     ends = (sequence.to(tl.int64) * H + head) * K * V + key[None, :] * V + value[:, None]  # transposed
 
     state = ()
@@ -256,8 +263,14 @@ def walk(
         present = tokens < length
         tile = base * (C * K) + (step[:, None] * K + key[None, :])
         square = base * (C * C) + (step[:, None] * C + step[None, :])
+        y_tile = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
+        if gate is not None:
+            gate_tile = tl.load(gate + y_tile, mask=present[:, None], other=0.0)
+        if bonus is not None:
+            bonus_row = tl.load(bonus + tokens.to(tl.int64) * H, mask=present, other=0.0)
         x_offsets = tokens.to(tl.int64)[:, None] * (H_X * V) + value[None, :]
-        x_left = tl.trans(tl.load(x + x_offsets, mask=present[:, None], other=0.0).to(DOT))  # [BV, C]
+        x_tile = tl.load(x + x_offsets, mask=present[:, None], other=0.0)
+        x_left = tl.trans(x_tile.to(DOT))  # [BV, C]
         low = ()
         for i in tl.static_range(K // TK):
             low = low + (state[i].to(DOT),)
@@ -278,8 +291,13 @@ def walk(
             out = tl.dot(low[i], tl.trans(tl.load(mix + tile + i * TK)), out, input_precision=PRECISION)
         if REVERSE:
             out = tl.dot(u_left, q_tile, out, input_precision=PRECISION)
-        y_offsets = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
-        tl.store(y + y_offsets, tl.trans(out.to(y.dtype.element_ty)), mask=present[:, None])
+        result = tl.trans(out.to(y.dtype.element_ty))
+        if gate is not None:  # (12) to (14)
+            gated = result.to(tl.float32) * V**-0.5
+            if bonus is not None:
+                gated += bonus_row[:, None] * x_tile.to(tl.float32)
+            result = (gated * gate_tile.to(tl.float32)).to(y.dtype.element_ty)
+        tl.store(y + y_tile, result, mask=present[:, None])
         if KEEP:
             kept = u_left
             if REVERSE:  # dY = M^T (P_rb^T dO + Z)

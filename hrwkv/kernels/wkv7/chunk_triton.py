@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrwkv.kernels.mix.naive import Mixed
 from hrwkv.kernels.tuning import Config, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
@@ -79,12 +80,43 @@ def wkv7(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over packed sequences; the contract is ``hrwkv.kernels.wkv7.wkv7``'s."""
-    dtype = torch.bfloat16 if {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16} else torch.float32
-    inputs = [
-        x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
-    ]
+    inputs = _ready(r, log_decay, k, v, a, b)
     o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
     return o.to(v.dtype), final
+
+
+def gated_wkv7(
+    mixed: Mixed,
+    gate: Tensor,
+    *,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same and ``finish`` in the same launches, not differentiable: ``hrwkv.kernels.wkv7.gated_wkv7``."""
+    inputs = _ready(*mixed)
+    sequences = plan(lengths, cu_seqlens)
+    parts = _prepare(inputs, sequences, backward=False)
+    y, final, *_ = _walk(
+        parts,
+        inputs[3],
+        sequences,
+        initial_state,
+        reverse=False,
+        keep=False,
+        gate=gate.contiguous(),
+        bonus=None if bonus is None else bonus.contiguous(),
+    )
+    return y.to(mixed.v.dtype), final
+
+
+def _ready(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+    """What the kernels take: contiguous, log_decay as it is, the others in the dtype of the products."""
+    dtype = torch.bfloat16 if {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16} else torch.float32
+    return [
+        x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
+    ]
 
 
 class _ChunkedWkv7(torch.autograd.Function):
@@ -216,9 +248,18 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
 
 
 def _walk(
-    parts: dict[str, Tensor], x: Tensor, plan: Plan, initial: Tensor | None, *, reverse: bool, keep: bool
+    parts: dict[str, Tensor],
+    x: Tensor,
+    plan: Plan,
+    initial: Tensor | None,
+    *,
+    reverse: bool,
+    keep: bool,
+    gate: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """O or dV [T, H, V], the last state [N, H, K, V], all states [NT, H, V, K], and U or dY [NT, H, C, V]."""
+    """O, or with a gate y, or dV [T, H, V]; the last state [N, H, K, V], all states [NT, H, V, K], and U or
+    dY [NT, H, C, V]."""
     heads, size, value_size = parts["w"].shape[1], parts["w"].shape[3], x.shape[2]
     y = x.new_empty(x.shape[0], heads, value_size)
     final = x.new_empty(len(plan.lengths), heads, size, value_size, dtype=torch.float32)
@@ -231,6 +272,8 @@ def _walk(
             *(parts[name] for name in ("decay", "q", "f", "m", "p")),
             x,
             y,
+            gate,
+            bonus,
             inner,
             kept,
             final if initial is None else initial.contiguous(),

@@ -76,8 +76,8 @@ def test_finish_element_by_element():
     inputs = make_finish(num_tokens=3, heads=4, value_heads=2, size=6)
     y = run_finish(kernels.finish, inputs)["y"]
     for head in range(4):
-        bonus = inputs["bonus"][:, head : head + 1]
-        expected = (inputs["o"][:, head] / 6**0.5 + bonus * inputs["v"][:, head // 2]) * inputs["gate"][:, head]
+        o, gate, v = inputs["o"][:, head], inputs["gate"][:, head], inputs["v"][:, head // 2]
+        expected = (o / 6**0.5 + inputs["bonus"][:, head : head + 1] * v) * gate
         assert_near({"y": y[:, head]}, {"y": expected}, tolerance=1e-12)
 
 
