@@ -24,6 +24,7 @@ from hrwkv.kernels.mix.tiles import (
     LOG2_E,
     load,
     load_angles,
+    load_head,
     load_key,
     load_normed,
     load_own_key,
@@ -34,12 +35,12 @@ from hrwkv.kernels.mix.tiles import (
     residual_backward,
     rotate,
     store,
+    store_head,
     store_sum,
     sum_row,
 )
 
 NUM_WARPS = 4
-STAGES = 2  # the next head's rows are on their way while one is worked on
 BLOCK_PAIRS = 1024  # BT * P: eight pairs a thread, two loads of 16 bytes in bf16
 
 
@@ -61,7 +62,6 @@ def forward_kernel(
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
     P: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Write ``mixed``, bonus [T, H] fp32 if there is one and, in the first layer, its key before (10).
 
@@ -69,42 +69,49 @@ def forward_kernel(
     the rows themselves. rope and first: two pointers, or two None. REPEATED: the value residual is on the
     query heads.
     """
-    kv_head, start, token, column, live = locate(T, H_KV, K, BT, P)
-    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
-    kv_vector = kv_head * K + column
-    cos, sin = load_angles(rope, start, T, K, BT, P)
-    k = load_key(rows, weights, rope, first, kv, live, kv_vector, column, cos, sin, eps, K)
+    kv_head, start, token, pair, live = locate(T, H_KV, K, BT, P)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + pair
+    kv_vector = kv_head * K + pair
+    cos, sin = load_angles(rope, start, token, pair, live, K)
+    k = load_key(rows, weights, rope, first, kv, live, kv_vector, pair, cos, sin, eps, K)
     if k_first is not None:
-        store(k_first, kv, k, live)
-    scale = 1.0 / tl.maximum(tl.sqrt(sum_row(k * k)), 1e-12)  # kk = k * scale (9)
-    store(mixed.a, kv, k * -scale, live)
+        store_head(k_first, kv, k, live, K)
+    scale = 1.0 / tl.maximum(tl.sqrt(sum_row(k, k)), 1e-12)  # kk = k * scale (9)
+    store_head(mixed.a, kv, (k[0] * -scale, k[1] * -scale), live, K)
     if mixed.v is not None and not REPEATED:
-        v = residual(load(rows.v, kv, live), kv, live, rows.value, weights.v0, kv_vector, first[0])
-        store(mixed.v, kv, v, live)
-    for group in tl.range(0, H // H_KV, num_stages=STAGES):
+        for half in tl.static_range(2):
+            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+            v = residual(load(rows.v, at, live), at, live, rows.value, weights.v0, n, first[0])
+            store(mixed.v, at, v, live)
+    for group in range(H // H_KV):
         head = kv_head * (H // H_KV) + group
-        q = (start * H + head) * K + token * (H * K) + column
-        vector = head * K + column
-        decay = load(rows.decay, q, live) + load(weights.w0, vector, live)
-        iclr = load(rows.iclr, q, live) + load(weights.a0, vector, live)
-        if mixed.v is not None and REPEATED:
-            v = residual(load(rows.v, kv, live), q, live, rows.value, weights.v0, vector, first[0])
-            store(mixed.v, q, v, live)
-        iclr, log_decay, factor, _ = rates(decay, iclr, LOG_LOG)
-        store(mixed.log_decay, q, log_decay, live)
-        scaled = k * factor
-        store(mixed.k, q, scaled, live)
-        store(mixed.b, q, k * (scale * iclr), live)
+        q = (start * H + head) * K + token * (H * K) + pair
+        vector = head * K + pair
         if mixed.r is not None or bonus is not None:
-            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K)
+            r = load_normed(rows.r, q, live, weights.r_norm, pair, eps, K)
             if rope is not None:
                 r = rotate(r, cos, sin)
             if mixed.r is not None:
-                store(mixed.r, q, r, live)
+                store_head(mixed.r, q, r, live, K)
+        total = tl.zeros((BT, P), tl.float32)
+        for half in tl.static_range(2):
+            at, n = q + half * (K // 2), vector + half * (K // 2)
+            decay = load(rows.decay, at, live) + load(weights.w0, n, live)
+            iclr = load(rows.iclr, at, live) + load(weights.a0, n, live)
+            iclr, log_decay, factor, _ = rates(decay, iclr, LOG_LOG)
+            scaled = k[half] * factor
+            store(mixed.log_decay, at, log_decay, live)
+            store(mixed.k, at, scaled, live)
+            store(mixed.b, at, k[half] * (scale * iclr), live)
             if bonus is not None:
-                weight = load(weights.r_k, vector, live)
-                row = (start + tl.arange(0, BT)[:, None, None]) * H + head
-                tl.store(bonus + row, sum_row(r * scaled * weight), mask=start + token < T)
+                total += r[half] * scaled * load(weights.r_k, n, live)
+            if mixed.v is not None and REPEATED:
+                v = load(rows.v, kv + half * (K // 2), live)
+                v = residual(v, at, live, rows.value, weights.v0, n, first[0])
+                store(mixed.v, at, v, live)
+        if bonus is not None:
+            row = start + tl.arange(0, BT)
+            tl.store(bonus + row * H + head, tl.sum(total, 1), mask=row < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -129,7 +136,6 @@ def backward_kernel(
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
     P: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """From dmixed, dbonus and dk_first the gradients of everything that came in; r as the forward wrote it.
 
@@ -137,109 +143,115 @@ def backward_kernel(
     pointers, or two None where no gradient of layer 0 is asked for.
     """
     block = tl.program_id(0) // H_KV
-    kv_head, start, token, column, live = locate(T, H_KV, K, BT, P)
-    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
-    kv_vector = kv_head * K + column
-    cos, sin = load_angles(rope, start, T, K, BT, P)
-    k = load_key(rows, weights, rope, first, kv, live, kv_vector, column, cos, sin, eps, K)
-    norm = tl.sqrt(sum_row(k * k))
+    kv_head, start, token, pair, live = locate(T, H_KV, K, BT, P)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + pair
+    kv_vector = kv_head * K + pair
+    kv_sum = (block * H_KV + kv_head) * K
+    cos, sin = load_angles(rope, start, token, pair, live, K)
+    k = load_key(rows, weights, rope, first, kv, live, kv_vector, pair, cos, sin, eps, K)
+    norm = tl.sqrt(sum_row(k, k))
     scale = 1.0 / tl.maximum(norm, 1e-12)  # kk = k * scale (9)
-    dk = tl.zeros((BT, 2, P), tl.float32)
-    dkk = -load(dmixed.a, kv, live)
-    if weights.r_norm is not None:
-        dr_norm = tl.zeros((BT, 2, P), tl.float32)
-    if dmixed.v is not None:
-        if REPEATED:
-            dv = tl.zeros((BT, 2, P), tl.float32)
-        else:
-            dv, dv0 = residual_backward(
-                load(dmixed.v, kv, live),
-                load(rows.v, kv, live),
-                kv,
-                live,
-                rows.value,
-                weights.v0,
-                kv_vector,
-                first[0],
-                drows.value,
-                dfirst[0],
+    # With dkk, the gradient of kk: dk + scale dkk and k dkk, which is all that (9) needs of it.
+    da = load_head(dmixed.a, kv, live, K)
+    dk = da[0] * -scale, da[1] * -scale
+    k_dkk = -sum_row(k, da)
+    dv = tl.zeros((BT, P), tl.float32), tl.zeros((BT, P), tl.float32)
+    dr_norm = tl.zeros((BT, P), tl.float32), tl.zeros((BT, P), tl.float32)
+    if dmixed.v is not None and not REPEATED:
+        for half in tl.static_range(2):
+            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+            dy, own = load(dmixed.v, at, live), load(rows.v, at, live)
+            down, dv0 = residual_backward(
+                dy, own, at, live, rows.value, weights.v0, n, first[0], drows.value, dfirst[0]
             )
-            store(drows.v, kv, dv, live)
-            store_sum(dweights.v0, block * H_KV + kv_head, dv0, K, P)
-    for group in tl.range(0, H // H_KV, num_stages=STAGES):
+            store(drows.v, at, down, live)
+            store_sum(dweights.v0, kv_sum + half * (K // 2), dv0, K, P)
+    for group in range(H // H_KV):
         head = kv_head * (H // H_KV) + group
-        q = (start * H + head) * K + token * (H * K) + column
-        vector = head * K + column
-        decay = load(rows.decay, q, live) + load(weights.w0, vector, live)
-        iclr = load(rows.iclr, q, live) + load(weights.a0, vector, live)
-        dlog_decay = load(dmixed.log_decay, q, live)
-        dscaled, db = load(dmixed.k, q, live), load(dmixed.b, q, live)
-        iclr, log_decay, factor, slope = rates(decay, iclr, LOG_LOG)
-        if dmixed.r is not None:
-            dr = load(dmixed.r, q, live)
-        elif drows.r is not None:
-            dr = tl.zeros((BT, 2, P), tl.float32)
+        q = (start * H + head) * K + token * (H * K) + pair
+        vector = head * K + pair
+        q_sum = (block * H + head) * K
         if dbonus is not None:
             upstream = load(dbonus, (start + token) * H + head, start + token < T)
-            receptance = load(r, q, live)
-            weighted = upstream * load(weights.r_k, vector, live)
-            dr += weighted * (k * factor)
-            dscaled += weighted * receptance
-            store_sum(dweights.r_k, block * H + head, upstream * receptance * (k * factor), K, P)
-        dk += dscaled * factor
-        dkk += db * iclr
-        if LOG_LOG:
-            dw = dlog_decay * log_decay - dscaled * k
-        else:
-            dw = (dlog_decay - dscaled * k * tl.exp2(log_decay * LOG2_E)) * log_decay
-        ddecay = dw * slope
-        diclr = k * (dscaled + db * scale) * iclr * (1.0 - iclr)
-        store(drows.decay, q, ddecay, live)
-        store(drows.iclr, q, diclr, live)
-        store_sum(dweights.w0, block * H + head, ddecay, K, P)
-        store_sum(dweights.a0, block * H + head, diclr, K, P)
+        dr = ()
+        dk_after = ()
+        dv_after = ()
+        for half in tl.static_range(2):
+            at, n = q + half * (K // 2), vector + half * (K // 2)
+            partial = q_sum + half * (K // 2)
+            decay = load(rows.decay, at, live) + load(weights.w0, n, live)
+            iclr = load(rows.iclr, at, live) + load(weights.a0, n, live)
+            iclr, log_decay, factor, slope = rates(decay, iclr, LOG_LOG)
+            dscaled, db = load(dmixed.k, at, live), load(dmixed.b, at, live)
+            if drows.r is not None:
+                dr_half = tl.zeros((BT, P), tl.float32)
+                if dmixed.r is not None:
+                    dr_half = load(dmixed.r, at, live)
+                if dbonus is not None:
+                    receptance, weight = load(r, at, live), load(weights.r_k, n, live)
+                    scaled = upstream * k[half] * factor
+                    dr_half += scaled * weight
+                    dscaled += upstream * receptance * weight
+                    store_sum(dweights.r_k, partial, receptance * scaled, K, P)
+                dr = dr + (dr_half,)
+            dkk = db * iclr
+            dk_after = dk_after + (dk[half] + dscaled * factor + dkk * scale,)
+            k_dkk += tl.sum(k[half] * dkk, 1)[:, None]
+            dw = load(dmixed.log_decay, at, live) * log_decay
+            if LOG_LOG:
+                dw -= dscaled * k[half]
+            else:
+                dw -= dscaled * k[half] * tl.exp2(log_decay * LOG2_E) * log_decay
+            ddecay = dw * slope
+            diclr = k[half] * (dscaled + db * scale) * iclr * (1.0 - iclr)
+            store(drows.decay, at, ddecay, live)
+            store(drows.iclr, at, diclr, live)
+            store_sum(dweights.w0, partial, ddecay, K, P)
+            store_sum(dweights.a0, partial, diclr, K, P)
+            if dmixed.v is not None and REPEATED:
+                dy, own = load(dmixed.v, at, live), load(rows.v, kv + half * (K // 2), live)
+                down, dv0 = residual_backward(
+                    dy, own, at, live, rows.value, weights.v0, n, first[0], drows.value, dfirst[0]
+                )
+                dv_after = dv_after + (dv[half] + down,)
+                if weights.v0 is not None:
+                    store_sum(dweights.v0, partial, dv0, K, P)
+        dk = dk_after
+        if dmixed.v is not None and REPEATED:
+            dv = dv_after
         if drows.r is not None:
             if rope is not None:
                 dr = rotate(dr, cos, -sin)
             if weights.r_norm is not None:
-                dr, dweight = norm_backward(dr, rows.r, q, live, weights.r_norm, column, eps, K)
-                dr_norm += dweight
-            store(drows.r, q, dr, live)
-        if dmixed.v is not None and REPEATED:
-            down, dv0 = residual_backward(
-                load(dmixed.v, q, live),
-                load(rows.v, kv, live),
-                q,
-                live,
-                rows.value,
-                weights.v0,
-                vector,
-                first[0],
-                drows.value,
-                dfirst[0],
-            )
-            dv += down
-            if weights.v0 is not None:
-                store_sum(dweights.v0, block * H + head, dv0, K, P)
-    kk = k * scale
-    dk += scale * (dkk - kk * tl.where(norm > 1e-12, sum_row(kk * dkk), 0.0))
+                dr, dweight = norm_backward(dr, rows.r, q, live, weights.r_norm, pair, eps, K)
+                dr_norm = dr_norm[0] + dweight[0], dr_norm[1] + dweight[1]
+            store_head(drows.r, q, dr, live, K)
+    along = tl.where(norm > 1e-12, scale * scale * scale * k_dkk, 0.0)
+    dk = dk[0] - k[0] * along, dk[1] - k[1] * along
     if dk_first is not None:
-        dk += load(dk_first, kv, live)
+        more = load_head(dk_first, kv, live, K)
+        dk = dk[0] + more[0], dk[1] + more[1]
     if rows.key is not None:
-        own = load_own_key(rows, weights, rope, kv, live, column, cos, sin, eps, K)
-        dk, dk0 = residual_backward(
-            dk, own, kv, live, rows.key, weights.k0, kv_vector, first[1], drows.key, dfirst[1]
-        )
-        store_sum(dweights.k0, block * H_KV + kv_head, dk0, K, P)
+        own = load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K)
+        down = ()
+        for half in tl.static_range(2):
+            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+            dx, dk0 = residual_backward(
+                dk[half], own[half], at, live, rows.key, weights.k0, n, first[1], drows.key, dfirst[1]
+            )
+            down = down + (dx,)
+            store_sum(dweights.k0, kv_sum + half * (K // 2), dk0, K, P)
+        dk = down
     if rope is not None:
         dk = rotate(dk, cos, -sin)
     if weights.k_norm is not None:
-        dk, dk_norm = norm_backward(dk, rows.k, kv, live, weights.k_norm, column, eps, K)
-        store_sum(dweights.k_norm, block * H_KV + kv_head, dk_norm, K, P)
-        store_sum(dweights.r_norm, block * H_KV + kv_head, dr_norm, K, P)
-    store(drows.k, kv, dk, live)
+        dk, dk_norm = norm_backward(dk, rows.k, kv, live, weights.k_norm, pair, eps, K)
+        for half in tl.static_range(2):
+            store_sum(dweights.k_norm, kv_sum + half * (K // 2), dk_norm[half], K, P)
+            store_sum(dweights.r_norm, kv_sum + half * (K // 2), dr_norm[half], K, P)
+    store_head(drows.k, kv, dk, live, K)
     if dmixed.v is not None and REPEATED:
-        store(drows.v, kv, dv, live)
+        store_head(drows.v, kv, dv, live, K)
 
 
 def mix(
@@ -400,6 +412,5 @@ def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
         "REPEATED": form.value_residual in ("gated_repeated", "low_rank"),
         "BT": tokens,
         "P": pairs,
-        "STAGES": STAGES,
         "num_warps": NUM_WARPS,
     }

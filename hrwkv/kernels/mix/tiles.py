@@ -1,7 +1,7 @@
 """What the mixer's Triton kernels do to one tile: loads in fp32, rates, norm, RoPE, residuals.
 
-A tile of a head is [BT, 2, P]: tokens, the two halves of a head, which RoPE pairs, and P >= K / 2 pairs. Any
-kernel that holds rows in this form can call these. Equations are those of docs/hxa079.md. The functions of
+A head is two tiles [BT, P], of tokens and P >= K / 2 pairs: its halves, which RoPE pairs element by element.
+As two tiles they lie in the same threads, so RoPE and norms move nothing through shared memory. Equations are those of docs/hxa079.md. The functions of
 one number are written for few instructions: compiled for sm_90, exp2, rsqrt and multiply-add take one each,
 exp five, a division nine, log twenty-five.
 """
@@ -57,9 +57,22 @@ def log1p(x):
 
 
 @triton.jit
-def sum_row(x):
-    """[BT, 2, P] -> [BT, 1, 1]: over the K elements of a head."""
-    return tl.sum(tl.sum(x, 1), 1)[:, None, None]
+def load_head(pointer, offsets, live, K: tl.constexpr):
+    """Both halves of a head in fp32; ``offsets`` are those of the low one."""
+    return load(pointer, offsets, live), load(pointer, offsets + K // 2, live)
+
+
+@triton.jit
+def store_head(pointer, offsets, x, live, K: tl.constexpr):
+    """Round both halves to what the pointer holds."""
+    store(pointer, offsets, x[0], live)
+    store(pointer, offsets + K // 2, x[1], live)
+
+
+@triton.jit
+def sum_row(x, y):
+    """The product of two heads, [BT, 1]."""
+    return tl.sum(x[0] * y[0] + x[1] * y[1], 1)[:, None]
 
 
 @triton.jit
@@ -82,50 +95,53 @@ def rates(decay, iclr, LOG_LOG: tl.constexpr):
 
 
 @triton.jit
-def load_normed(pointer, offsets, live, weight, column, eps, K: tl.constexpr):
-    """A tile of r or k after its norm (3), if it has one."""
-    x = load(pointer, offsets, live)
+def load_normed(pointer, offsets, live, weight, pair, eps, K: tl.constexpr):
+    """r or k after its norm (3), if it has one."""
+    x = load_head(pointer, offsets, live, K)
     if weight is not None:
-        x *= tl.rsqrt(sum_row(x * x) / K + eps) * load(weight, column, live)
+        scale = tl.rsqrt(sum_row(x, x) / K + eps)
+        w = load_head(weight, pair, live, K)
+        x = x[0] * scale * w[0], x[1] * scale * w[1]
     return x
 
 
 @triton.jit
-def norm_backward(dy, pointer, offsets, live, weight, column, eps, K: tl.constexpr):
-    """Gradients through (3): of the tile, and of the weight before the sum over tokens."""
-    x = load(pointer, offsets, live)
-    scale = tl.rsqrt(sum_row(x * x) / K + eps)
-    normed = x * scale
-    dnormed = dy * load(weight, column, live)
-    return scale * (dnormed - normed * (sum_row(dnormed * normed) / K)), dy * normed
+def norm_backward(dy, pointer, offsets, live, weight, pair, eps, K: tl.constexpr):
+    """Gradients through (3): of the head, and of the weight before the sum over tokens."""
+    x = load_head(pointer, offsets, live, K)
+    w = load_head(weight, pair, live, K)
+    scale = tl.rsqrt(sum_row(x, x) / K + eps)
+    dnormed = dy[0] * w[0], dy[1] * w[1]
+    mean = scale * scale * sum_row(dnormed, x) / K
+    dx = scale * (dnormed[0] - x[0] * mean), scale * (dnormed[1] - x[1] * mean)
+    return dx, (dy[0] * x[0] * scale, dy[1] * x[1] * scale)
 
 
 @triton.jit
 def rotate(x, cos, sin):
-    """RoPE (4) of x [BT, 2, P] by cos and sin [BT, P]; with -sin its transpose, which is its backward."""
-    low, high = tl.split(tl.permute(x, (0, 2, 1)))
-    return tl.permute(tl.join(low * cos - high * sin, high * cos + low * sin), (0, 2, 1))
+    """RoPE (4) by cos and sin [BT, P]; with -sin its transpose, which is its backward."""
+    return x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin
 
 
 @triton.jit
-def residual(own, offsets, live, rows, bias, column, first):
+def residual(own, offsets, live, rows, bias, vector, first):
     """own moved towards layer 0's by a gate (5, 6, 31); without a layer 0, the product added (32)."""
     x = load(rows, offsets, live)
     if first is None:
         y = own + LOW_RANK_VALUE_SCALE * x
     else:
-        y = own + (load(first, offsets, live) - own) * sigmoid(load(bias, column, live) + x)
+        y = own + (load(first, offsets, live) - own) * sigmoid(load(bias, vector, live) + x)
     return y
 
 
 @triton.jit
-def residual_backward(dy, own, offsets, live, rows, bias, column, first, drows, dfirst):
+def residual_backward(dy, own, offsets, live, rows, bias, vector, first, drows, dfirst):
     """Store the gradients of the product and of layer 0's; return own's, and the bias's before its sum."""
     if first is None:
         down = dy
         dlogit = LOW_RANK_VALUE_SCALE * dy
     else:
-        gate = sigmoid(load(bias, column, live) + load(rows, offsets, live))
+        gate = sigmoid(load(bias, vector, live) + load(rows, offsets, live))
         down = dy * (1.0 - gate)
         dlogit = dy * (load(first, offsets, live) - own) * gate * (1.0 - gate)
         if dfirst is not None:
@@ -135,57 +151,54 @@ def residual_backward(dy, own, offsets, live, rows, bias, column, first, drows, 
 
 
 @triton.jit
-def load_own_key(rows, weights, rope, kv, live, column, cos, sin, eps, K: tl.constexpr):
+def load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K: tl.constexpr):
     """The key after (3) and (4)."""
-    k = load_normed(rows.k, kv, live, weights.k_norm, column, eps, K)
+    k = load_normed(rows.k, kv, live, weights.k_norm, pair, eps, K)
     if rope is not None:
         k = rotate(k, cos, sin)
     return k
 
 
 @triton.jit
-def load_key(rows, weights, rope, first, kv, live, vector, column, cos, sin, eps, K: tl.constexpr):
+def load_key(rows, weights, rope, first, kv, live, vector, pair, cos, sin, eps, K: tl.constexpr):
     """The key after (6), as (9) and (10) take it."""
-    k = load_own_key(rows, weights, rope, kv, live, column, cos, sin, eps, K)
+    k = load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K)
     if rows.key is not None:
-        k = residual(k, kv, live, rows.key, weights.k0, vector, first[1])
+        high = K // 2
+        k = (
+            residual(k[0], kv, live, rows.key, weights.k0, vector, first[1]),
+            residual(k[1], kv + high, live, rows.key, weights.k0, vector + high, first[1]),
+        )
     return k
 
 
 @triton.jit
-def store_sum(pointer, row, x, K: tl.constexpr, P: tl.constexpr):
-    """Write a tile's sum over its tokens to one row [K] of partial sums."""
-    pair = tl.arange(0, P)[None, :]
-    column = tl.arange(0, 2)[:, None] * (K // 2) + pair
-    tl.store(pointer + row * K + column, tl.sum(x, 0), mask=pair < K // 2)
+def store_sum(pointer, offset, x, K: tl.constexpr, P: tl.constexpr):
+    """Write the sum of half a head over its tokens to a row of partial sums."""
+    pair = tl.arange(0, P)
+    tl.store(pointer + offset + pair, tl.sum(x, 0), mask=pair < K // 2)
 
 
 @triton.jit
 def locate(T, H_KV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, P: tl.constexpr):
-    """This program's KV head and first token; tokens [BT, 1, 1], columns of a head and mask [BT, 2, P].
+    """This program's KV head and first token; tokens [BT, 1], pairs and mask [BT, P].
 
-    Columns are a whole tile because a load of [1, 2, P] would get a layout of its own, and with it a
-    conversion through shared memory for each vector of each head.
+    Pairs are a whole tile because a load of [1, P] would get a layout of its own, and with it a conversion
+    through shared memory for each vector of each head.
     """
     start = (tl.program_id(0) // H_KV).to(tl.int64) * BT
-    token = tl.arange(0, BT)[:, None, None]
-    pair = tl.arange(0, P)[None, None, :]
-    column = tl.broadcast_to(tl.arange(0, 2)[None, :, None] * (K // 2) + pair, (BT, 2, P))
-    live = tl.broadcast_to((start + token < T) & (pair < K // 2), (BT, 2, P))
-    return tl.program_id(0) % H_KV, start, token, column, live
+    token = tl.arange(0, BT)[:, None]
+    pair = tl.broadcast_to(tl.arange(0, P)[None, :], (BT, P))
+    live = (start + token < T) & (pair < K // 2)
+    return tl.program_id(0) % H_KV, start, token, pair, live
 
 
 @triton.jit
-def load_angles(rope, start, T, K: tl.constexpr, BT: tl.constexpr, P: tl.constexpr):
+def load_angles(rope, start, token, pair, live, K: tl.constexpr):
     """cos and sin [BT, P]; without a position encoding a pair that is never read."""
-    token = start + tl.arange(0, BT)[:, None]
-    pair = tl.arange(0, P)[None, :]
-    live = (token < T) & (pair < K // 2)
     if rope is None:
         angles = 1.0, 0.0
     else:
-        angles = (
-            load(rope[0], token * (K // 2) + pair, live),
-            load(rope[1], token * (K // 2) + pair, live),
-        )
+        at = start * (K // 2) + token * (K // 2) + pair
+        angles = load(rope[0], at, live), load(rope[1], at, live)
     return angles
