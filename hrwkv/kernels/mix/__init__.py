@@ -13,7 +13,7 @@ from torch import Tensor
 from hrwkv.kernels.mix import naive
 from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights
 
-__all__ = ["FirstLayer", "Form", "Mixed", "Rope", "Rows", "Weights", "check", "check_finish", "finish", "mix"]
+__all__ = ["FirstLayer", "Form", "Mixed", "Rope", "Rows", "Weights", "check", "finish", "mix"]
 
 
 def mix(
@@ -67,7 +67,11 @@ def finish(o: Tensor, v: Tensor, gate: Tensor, *, bonus: Tensor | None) -> Tenso
     Raises:
         ValueError: if shapes, dtypes or devices do not fit one another.
     """
-    check_finish(o, v, gate, bonus=bonus)
+    _check_heads("o", o)
+    _check("gate", gate, shape=o.shape, like=o)
+    if bonus is not None:
+        _check("v", v, shape=_shared(v, like=o), like=o)
+        _check("bonus", bonus, shape=o.shape[:2], like=o)
     if _runs_fused(o):
         from hrwkv.kernels.mix import fused_finish
 
@@ -83,15 +87,6 @@ def check(rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first:
     if rope is not None:
         for name, table in zip(("cos", "sin"), rope, strict=True):
             _check(name, table, shape=(len(rows.r), rows.r.shape[2] // 2), like=rows.r)
-
-
-def check_finish(o: Tensor, v: Tensor, gate: Tensor, *, bonus: Tensor | None) -> None:
-    """Raise ValueError where arguments of ``finish``, or of what contains it, do not fit together."""
-    _check_heads("o", o)
-    _check("gate", gate, shape=o.shape, like=o)
-    if bonus is not None:
-        _check("v", v, shape=_shared(v, like=o), like=o)
-        _check("bonus", bonus, shape=o.shape[:2], like=o)
 
 
 def _runs_fused(x: Tensor) -> bool:

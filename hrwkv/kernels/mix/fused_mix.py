@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights, repeat_heads
 from hrwkv.kernels.mix.tiles import (
     LOG2_E,
+    add,
     load,
     load_angles,
     load_head,
@@ -30,18 +31,23 @@ from hrwkv.kernels.mix.tiles import (
     load_own_key,
     locate,
     norm_backward,
+    offset,
     rates,
     residual,
     residual_backward,
     rotate,
+    scaled,
     store,
     store_head,
     store_sum,
+    store_sums,
     sum_row,
 )
 
 NUM_WARPS = 4
-BLOCK_PAIRS = 1024  # BT * P: eight pairs a thread, two loads of 16 bytes in bf16
+STAGES = 1
+WIDTH = 64
+BLOCK_SIZE = 512
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -61,7 +67,8 @@ def forward_kernel(
     LOG_LOG: tl.constexpr,
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
-    P: tl.constexpr,
+    W: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write ``mixed``, bonus [T, H] fp32 if there is one and, in the first layer, its key before (10).
 
@@ -69,44 +76,45 @@ def forward_kernel(
     the rows themselves. rope and first: two pointers, or two None. REPEATED: the value residual is on the
     query heads.
     """
-    kv_head, start, token, pair, live = locate(T, H_KV, K, BT, P)
-    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + pair
-    kv_vector = kv_head * K + pair
-    cos, sin = load_angles(rope, start, token, pair, live, K)
-    k = load_key(rows, weights, rope, first, kv, live, kv_vector, pair, cos, sin, eps, K)
+    TILES: tl.constexpr = 2 * ((K // 2 + W - 1) // W)
+    kv_head, start, token, column, live = locate(T, H_KV, K, BT, W)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
+    kv_vector = kv_head * K + column
+    angles = load_angles(rope, start, token, column, live, K, W)
+    k = load_key(rows, weights, angles, first, kv, live, kv_vector, column, eps, K, W)
     if k_first is not None:
-        store_head(k_first, kv, k, live, K)
+        store_head(k_first, kv, k, live, K, W)
     scale = 1.0 / tl.maximum(tl.sqrt(sum_row(k, k)), 1e-12)  # kk = k * scale (9)
-    store_head(mixed.a, kv, (k[0] * -scale, k[1] * -scale), live, K)
+    store_head(mixed.a, kv, scaled(k, -scale), live, K, W)
     if mixed.v is not None and not REPEATED:
-        for half in tl.static_range(2):
-            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+        for i in tl.static_range(TILES):
+            at, n = kv + offset(i, K, W), kv_vector + offset(i, K, W)
             v = residual(load(rows.v, at, live), at, live, rows.value, weights.v0, n, first[0])
             store(mixed.v, at, v, live)
-    for group in range(H // H_KV):
+    for group in tl.range(0, H // H_KV, num_stages=STAGES):
         head = kv_head * (H // H_KV) + group
-        q = (start * H + head) * K + token * (H * K) + pair
-        vector = head * K + pair
+        q = (start * H + head) * K + token * (H * K) + column
+        vector = head * K + column
         if mixed.r is not None or bonus is not None:
-            r = load_normed(rows.r, q, live, weights.r_norm, pair, eps, K)
+            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K, W)
             if rope is not None:
-                r = rotate(r, cos, sin)
+                r = rotate(r, angles, 1)
             if mixed.r is not None:
-                store_head(mixed.r, q, r, live, K)
-        total = tl.zeros((BT, P), tl.float32)
-        for half in tl.static_range(2):
-            at, n = q + half * (K // 2), vector + half * (K // 2)
+                store_head(mixed.r, q, r, live, K, W)
+        total = tl.zeros((BT, W), tl.float32)
+        for i in tl.static_range(TILES):
+            at, n = q + offset(i, K, W), vector + offset(i, K, W)
             decay = load(rows.decay, at, live) + load(weights.w0, n, live)
             iclr = load(rows.iclr, at, live) + load(weights.a0, n, live)
             iclr, log_decay, factor, _ = rates(decay, iclr, LOG_LOG)
-            scaled = k[half] * factor
+            key = k[i] * factor
             store(mixed.log_decay, at, log_decay, live)
-            store(mixed.k, at, scaled, live)
-            store(mixed.b, at, k[half] * (scale * iclr), live)
+            store(mixed.k, at, key, live)
+            store(mixed.b, at, k[i] * (scale * iclr), live)
             if bonus is not None:
-                total += r[half] * scaled * load(weights.r_k, n, live)
+                total += r[i] * key * load(weights.r_k, n, live)
             if mixed.v is not None and REPEATED:
-                v = load(rows.v, kv + half * (K // 2), live)
+                v = load(rows.v, kv + offset(i, K, W), live)
                 v = residual(v, at, live, rows.value, weights.v0, n, first[0])
                 store(mixed.v, at, v, live)
         if bonus is not None:
@@ -135,7 +143,8 @@ def backward_kernel(
     LOG_LOG: tl.constexpr,
     REPEATED: tl.constexpr,
     BT: tl.constexpr,
-    P: tl.constexpr,
+    W: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """From dmixed, dbonus and dk_first the gradients of everything that came in; r as the forward wrote it.
 
@@ -143,146 +152,159 @@ def backward_kernel(
     pointers, or two None where no gradient of layer 0 is asked for.
     """
     block = tl.program_id(0) // H_KV
-    kv_head, start, token, pair, live = locate(T, H_KV, K, BT, P)
-    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + pair
-    kv_vector = kv_head * K + pair
+    TILES: tl.constexpr = 2 * ((K // 2 + W - 1) // W)
+    kv_head, start, token, column, live = locate(T, H_KV, K, BT, W)
+    kv = (start * H_KV + kv_head) * K + token * (H_KV * K) + column
+    kv_vector = kv_head * K + column
     kv_sum = (block * H_KV + kv_head) * K
-    cos, sin = load_angles(rope, start, token, pair, live, K)
-    k = load_key(rows, weights, rope, first, kv, live, kv_vector, pair, cos, sin, eps, K)
+    angles = load_angles(rope, start, token, column, live, K, W)
+    k = load_key(rows, weights, angles, first, kv, live, kv_vector, column, eps, K, W)
     norm = tl.sqrt(sum_row(k, k))
     scale = 1.0 / tl.maximum(norm, 1e-12)  # kk = k * scale (9)
     # With dkk, the gradient of kk: dk + scale dkk and k dkk, which is all that (9) needs of it.
-    da = load_head(dmixed.a, kv, live, K)
-    dk = da[0] * -scale, da[1] * -scale
+    da = load_head(dmixed.a, kv, live, K, W)
+    dk = scaled(da, -scale)
     k_dkk = -sum_row(k, da)
-    dv = tl.zeros((BT, P), tl.float32), tl.zeros((BT, P), tl.float32)
-    dr_norm = tl.zeros((BT, P), tl.float32), tl.zeros((BT, P), tl.float32)
+    dv = scaled(k, 0.0)
+    dr_norm = dv
     if dmixed.v is not None and not REPEATED:
-        for half in tl.static_range(2):
-            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+        for i in tl.static_range(TILES):
+            at, n = kv + offset(i, K, W), kv_vector + offset(i, K, W)
             dy, own = load(dmixed.v, at, live), load(rows.v, at, live)
             down, dv0 = residual_backward(
                 dy, own, at, live, rows.value, weights.v0, n, first[0], drows.value, dfirst[0]
             )
             store(drows.v, at, down, live)
-            store_sum(dweights.v0, kv_sum + half * (K // 2), dv0, K, P)
-    for group in range(H // H_KV):
+            store_sum(dweights.v0, kv_sum + offset(i, K, W), dv0, K, W)
+    for group in tl.range(0, H // H_KV, num_stages=STAGES):
         head = kv_head * (H // H_KV) + group
-        q = (start * H + head) * K + token * (H * K) + pair
-        vector = head * K + pair
+        q = (start * H + head) * K + token * (H * K) + column
+        vector = head * K + column
         q_sum = (block * H + head) * K
         if dbonus is not None:
             upstream = load(dbonus, (start + token) * H + head, start + token < T)
         dr = ()
         dk_after = ()
         dv_after = ()
-        for half in tl.static_range(2):
-            at, n = q + half * (K // 2), vector + half * (K // 2)
-            partial = q_sum + half * (K // 2)
+        along = tl.zeros((BT, W), tl.float32)
+        for i in tl.static_range(TILES):
+            at, n = q + offset(i, K, W), vector + offset(i, K, W)
+            partial = q_sum + offset(i, K, W)
             decay = load(rows.decay, at, live) + load(weights.w0, n, live)
             iclr = load(rows.iclr, at, live) + load(weights.a0, n, live)
             iclr, log_decay, factor, slope = rates(decay, iclr, LOG_LOG)
             dscaled, db = load(dmixed.k, at, live), load(dmixed.b, at, live)
             if drows.r is not None:
-                dr_half = tl.zeros((BT, P), tl.float32)
+                dr_tile = tl.zeros((BT, W), tl.float32)
                 if dmixed.r is not None:
-                    dr_half = load(dmixed.r, at, live)
+                    dr_tile = load(dmixed.r, at, live)
                 if dbonus is not None:
                     receptance, weight = load(r, at, live), load(weights.r_k, n, live)
-                    scaled = upstream * k[half] * factor
-                    dr_half += scaled * weight
+                    key = upstream * k[i] * factor
+                    dr_tile += key * weight
                     dscaled += upstream * receptance * weight
-                    store_sum(dweights.r_k, partial, receptance * scaled, K, P)
-                dr = dr + (dr_half,)
+                    store_sum(dweights.r_k, partial, receptance * key, K, W)
+                dr = dr + (dr_tile,)
             dkk = db * iclr
-            dk_after = dk_after + (dk[half] + dscaled * factor + dkk * scale,)
-            k_dkk += tl.sum(k[half] * dkk, 1)[:, None]
+            dk_after = dk_after + (dk[i] + dscaled * factor + dkk * scale,)
+            along += k[i] * dkk
             dw = load(dmixed.log_decay, at, live) * log_decay
             if LOG_LOG:
-                dw -= dscaled * k[half]
+                dw -= dscaled * k[i]
             else:
-                dw -= dscaled * k[half] * tl.exp2(log_decay * LOG2_E) * log_decay
+                dw -= dscaled * k[i] * tl.exp2(log_decay * LOG2_E) * log_decay
             ddecay = dw * slope
-            diclr = k[half] * (dscaled + db * scale) * iclr * (1.0 - iclr)
+            diclr = k[i] * (dscaled + db * scale) * iclr * (1.0 - iclr)
             store(drows.decay, at, ddecay, live)
             store(drows.iclr, at, diclr, live)
-            store_sum(dweights.w0, partial, ddecay, K, P)
-            store_sum(dweights.a0, partial, diclr, K, P)
+            store_sums(dweights.w0, dweights.a0, partial, ddecay, diclr, K, W)
             if dmixed.v is not None and REPEATED:
-                dy, own = load(dmixed.v, at, live), load(rows.v, kv + half * (K // 2), live)
+                dy, own = load(dmixed.v, at, live), load(rows.v, kv + offset(i, K, W), live)
                 down, dv0 = residual_backward(
                     dy, own, at, live, rows.value, weights.v0, n, first[0], drows.value, dfirst[0]
                 )
-                dv_after = dv_after + (dv[half] + down,)
+                dv_after = dv_after + (dv[i] + down,)
                 if weights.v0 is not None:
-                    store_sum(dweights.v0, partial, dv0, K, P)
+                    store_sum(dweights.v0, partial, dv0, K, W)
         dk = dk_after
+        k_dkk += tl.sum(along, 1)[:, None]
         if dmixed.v is not None and REPEATED:
             dv = dv_after
         if drows.r is not None:
             if rope is not None:
-                dr = rotate(dr, cos, -sin)
+                dr = rotate(dr, angles, -1)
             if weights.r_norm is not None:
-                dr, dweight = norm_backward(dr, rows.r, q, live, weights.r_norm, pair, eps, K)
-                dr_norm = dr_norm[0] + dweight[0], dr_norm[1] + dweight[1]
-            store_head(drows.r, q, dr, live, K)
+                dr, dweight = norm_backward(dr, rows.r, q, live, weights.r_norm, column, eps, K, W)
+                dr_norm = add(dr_norm, dweight)
+            store_head(drows.r, q, dr, live, K, W)
     along = tl.where(norm > 1e-12, scale * scale * scale * k_dkk, 0.0)
-    dk = dk[0] - k[0] * along, dk[1] - k[1] * along
+    dk = add(dk, scaled(k, -along))
     if dk_first is not None:
-        more = load_head(dk_first, kv, live, K)
-        dk = dk[0] + more[0], dk[1] + more[1]
+        dk = add(dk, load_head(dk_first, kv, live, K, W))
     if rows.key is not None:
-        own = load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K)
+        own = load_own_key(rows, weights, angles, kv, live, column, eps, K, W)
         down = ()
-        for half in tl.static_range(2):
-            at, n = kv + half * (K // 2), kv_vector + half * (K // 2)
+        for i in tl.static_range(TILES):
+            at, n = kv + offset(i, K, W), kv_vector + offset(i, K, W)
             dx, dk0 = residual_backward(
-                dk[half], own[half], at, live, rows.key, weights.k0, n, first[1], drows.key, dfirst[1]
+                dk[i], own[i], at, live, rows.key, weights.k0, n, first[1], drows.key, dfirst[1]
             )
             down = down + (dx,)
-            store_sum(dweights.k0, kv_sum + half * (K // 2), dk0, K, P)
+            store_sum(dweights.k0, kv_sum + offset(i, K, W), dk0, K, W)
         dk = down
     if rope is not None:
-        dk = rotate(dk, cos, -sin)
+        dk = rotate(dk, angles, -1)
     if weights.k_norm is not None:
-        dk, dk_norm = norm_backward(dk, rows.k, kv, live, weights.k_norm, pair, eps, K)
-        for half in tl.static_range(2):
-            store_sum(dweights.k_norm, kv_sum + half * (K // 2), dk_norm[half], K, P)
-            store_sum(dweights.r_norm, kv_sum + half * (K // 2), dr_norm[half], K, P)
-    store_head(drows.k, kv, dk, live, K)
+        dk, dk_norm = norm_backward(dk, rows.k, kv, live, weights.k_norm, column, eps, K, W)
+        for i in tl.static_range(TILES):
+            store_sum(dweights.k_norm, kv_sum + offset(i, K, W), dk_norm[i], K, W)
+            store_sum(dweights.r_norm, kv_sum + offset(i, K, W), dr_norm[i], K, W)
+    store_head(drows.k, kv, dk, live, K, W)
     if dmixed.v is not None and REPEATED:
-        store_head(drows.v, kv, dv, live, K)
+        store_head(drows.v, kv, dv, live, K, W)
 
 
 def mix(
     rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
 ) -> tuple[Mixed, Tensor | None, FirstLayer | None]:
     """The contract is ``hrwkv.kernels.mix.mix``'s; fp32 inside."""
+    rows_read, weights_read, first_read, starts = select(rows, weights, form=form, rope=rope, first=first)
+    r, log_decay, k, v, a, b, bonus, own_key = _Mix.apply(
+        form, rope, starts, *rows_read._replace(gate=None), *weights_read, *first_read
+    )
+    v = own_value(rows, form) if v is None else v
+    mixed = Mixed(r=rows.r if r is None else r, log_decay=log_decay, k=k, v=v, a=a, b=b)
+    return mixed, bonus, (v, own_key) if starts else first
+
+
+def select(
+    rows: Rows, weights: Weights, *, form: Form, rope: Rope | None, first: FirstLayer | None
+) -> tuple[Rows, Weights, tuple[Any, Any], bool]:
+    """What the kernels read, None for the rest, and whether this is a first layer whose key others read.
+
+    rows.r is read where it turns or is in a bonus; what reads no row leaves the row as it is.
+    """
     gates_value = form.value_residual in ("gated", "gated_repeated")
     starts = first is None and (gates_value or weights.k0 is not None)
     reads_value = form.value_residual == "low_rank" or (gates_value and not starts)
     reads_key = weights.k0 is not None and not starts
     turns = rope is not None or weights.r_norm is not None
     v_first, k_first = (None, None) if first is None else first
-    r, log_decay, k, v, a, b, bonus, own_key = _Mix.apply(
-        form,
-        rope,
-        starts,
-        *rows._replace(
-            r=_kept(rows.r, turns or weights.r_k is not None),
-            gate=_kept(rows.gate, False),
-            value=_kept(rows.value, reads_value),
-            key=_kept(rows.key, reads_key),
-        ),
-        *weights._replace(v0=_kept(weights.v0, reads_value and gates_value), k0=_kept(weights.k0, reads_key)),
-        _kept(v_first, reads_value and gates_value),
-        _kept(k_first, reads_key),
+    rows = rows._replace(
+        r=_kept(rows.r, turns or weights.r_k is not None),
+        value=_kept(rows.value, reads_value),
+        key=_kept(rows.key, reads_key),
     )
-    if v is None:
-        repeated = form.value_residual in ("gated_repeated", "low_rank")
-        v = repeat_heads(rows.v, rows.r.shape[1]) if repeated else rows.v
-    mixed = Mixed(r=r if turns else rows.r, log_decay=log_decay, k=k, v=v, a=a, b=b)
-    return mixed, bonus, (v, own_key) if starts else first
+    weights = weights._replace(
+        v0=_kept(weights.v0, reads_value and gates_value), k0=_kept(weights.k0, reads_key)
+    )
+    return rows, weights, (_kept(v_first, reads_value and gates_value), _kept(k_first, reads_key)), starts
+
+
+def own_value(rows: Rows, form: Form) -> Tensor:
+    """The value of a layer whose value residual reads nothing, on the heads that its form has."""
+    repeated = form.value_residual in ("gated_repeated", "low_rank")
+    return repeat_heads(rows.v, rows.r.shape[1]) if repeated else rows.v
 
 
 class _Mix(torch.autograd.Function):
@@ -391,9 +413,9 @@ def _partial_sums(rows: Rows, weights: Weights) -> Weights:
 
 
 def _block(rows: Rows) -> tuple[int, int]:
-    """BT tokens and P pairs of a tile."""
-    pairs = triton.next_power_of_2(rows.k.shape[2] // 2)
-    return max(BLOCK_PAIRS // pairs, 1), pairs
+    """BT tokens and W columns of a tile."""
+    width = min(triton.next_power_of_2(rows.k.shape[2] // 2), WIDTH)
+    return max(BLOCK_SIZE // width, 1), width
 
 
 def _grid(rows: Rows) -> tuple[int]:
@@ -403,7 +425,7 @@ def _grid(rows: Rows) -> tuple[int]:
 
 def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
     """The constants that both kernels are compiled for."""
-    tokens, pairs = _block(rows)
+    tokens, width = _block(rows)
     return {
         "H": rows.decay.shape[1],
         "H_KV": rows.k.shape[1],
@@ -411,6 +433,7 @@ def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
         "LOG_LOG": form.key_scale == "log_log",
         "REPEATED": form.value_residual in ("gated_repeated", "low_rank"),
         "BT": tokens,
-        "P": pairs,
+        "W": width,
+        "STAGES": STAGES,
         "num_warps": NUM_WARPS,
     }

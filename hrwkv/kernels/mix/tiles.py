@@ -1,9 +1,11 @@
 """What the mixer's Triton kernels do to one tile: loads in fp32, rates, norm, RoPE, residuals.
 
-A head is two tiles [BT, P], of tokens and P >= K / 2 pairs: its halves, which RoPE pairs element by element.
-As two tiles they lie in the same threads, so RoPE and norms move nothing through shared memory. Equations are those of docs/hxa079.md. The functions of
-one number are written for few instructions: compiled for sm_90, exp2, rsqrt and multiply-add take one each,
-exp five, a division nine, log twenty-five.
+A head is a tuple of n tiles [BT, W]: the first n / 2 are its lower half, each of the others holds what RoPE
+pairs with one of these, element by element. So pairs lie in the same threads, and RoPE moves nothing between
+them. W divides K / 2, or it is not less: then n is 2, and columns are masked. Any kernel that holds rows in
+this form can call these. Equations are those of docs/hxa079.md. The functions of one number are written for
+few instructions: compiled for sm_90, exp2, rsqrt and multiply-add take one each, exp five, a division nine,
+log twenty-five.
 """
 
 import triton
@@ -57,22 +59,61 @@ def log1p(x):
 
 
 @triton.jit
-def load_head(pointer, offsets, live, K: tl.constexpr):
-    """Both halves of a head in fp32; ``offsets`` are those of the low one."""
-    return load(pointer, offsets, live), load(pointer, offsets + K // 2, live)
+def offset(i, K: tl.constexpr, W: tl.constexpr):
+    """Where tile ``i`` begins in its head."""
+    return i // ((K // 2 + W - 1) // W) * (K // 2) + i % ((K // 2 + W - 1) // W) * W
 
 
 @triton.jit
-def store_head(pointer, offsets, x, live, K: tl.constexpr):
-    """Round both halves to what the pointer holds."""
-    store(pointer, offsets, x[0], live)
-    store(pointer, offsets + K // 2, x[1], live)
+def load_head(pointer, at, live, K: tl.constexpr, W: tl.constexpr):
+    """The tiles of a head in fp32; ``at`` are the offsets of the first."""
+    x = ()
+    for i in tl.static_range(2 * ((K // 2 + W - 1) // W)):
+        x = x + (load(pointer, at + offset(i, K, W), live),)
+    return x
+
+
+@triton.jit
+def store_head(pointer, at, x, live, K: tl.constexpr, W: tl.constexpr):
+    """Round the tiles to what the pointer holds."""
+    for i in tl.static_range(len(x)):
+        store(pointer, at + offset(i, K, W), x[i], live)
+
+
+@triton.jit
+def multiply(x, y):
+    """Head times head, element by element."""
+    z = ()
+    for i in tl.static_range(len(x)):
+        z = z + (x[i] * y[i],)
+    return z
+
+
+@triton.jit
+def scaled(x, factor):
+    """Head times what a token or all of them have in common."""
+    z = ()
+    for i in tl.static_range(len(x)):
+        z = z + (x[i] * factor,)
+    return z
+
+
+@triton.jit
+def add(x, y):
+    """Head plus head."""
+    z = ()
+    for i in tl.static_range(len(x)):
+        z = z + (x[i] + y[i],)
+    return z
 
 
 @triton.jit
 def sum_row(x, y):
     """The product of two heads, [BT, 1]."""
-    return tl.sum(x[0] * y[0] + x[1] * y[1], 1)[:, None]
+    total = x[0] * y[0]
+    for i in tl.static_range(1, len(x)):
+        total += x[i] * y[i]
+    return tl.sum(total, 1)[:, None]
 
 
 @triton.jit
@@ -95,32 +136,37 @@ def rates(decay, iclr, LOG_LOG: tl.constexpr):
 
 
 @triton.jit
-def load_normed(pointer, offsets, live, weight, pair, eps, K: tl.constexpr):
+def load_normed(pointer, at, live, weight, column, eps, K: tl.constexpr, W: tl.constexpr):
     """r or k after its norm (3), if it has one."""
-    x = load_head(pointer, offsets, live, K)
+    x = load_head(pointer, at, live, K, W)
     if weight is not None:
         scale = tl.rsqrt(sum_row(x, x) / K + eps)
-        w = load_head(weight, pair, live, K)
-        x = x[0] * scale * w[0], x[1] * scale * w[1]
+        x = multiply(scaled(x, scale), load_head(weight, column, live, K, W))
     return x
 
 
 @triton.jit
-def norm_backward(dy, pointer, offsets, live, weight, pair, eps, K: tl.constexpr):
+def norm_backward(dy, pointer, at, live, weight, column, eps, K: tl.constexpr, W: tl.constexpr):
     """Gradients through (3): of the head, and of the weight before the sum over tokens."""
-    x = load_head(pointer, offsets, live, K)
-    w = load_head(weight, pair, live, K)
+    x = load_head(pointer, at, live, K, W)
     scale = tl.rsqrt(sum_row(x, x) / K + eps)
-    dnormed = dy[0] * w[0], dy[1] * w[1]
-    mean = scale * scale * sum_row(dnormed, x) / K
-    dx = scale * (dnormed[0] - x[0] * mean), scale * (dnormed[1] - x[1] * mean)
-    return dx, (dy[0] * x[0] * scale, dy[1] * x[1] * scale)
+    normed = scaled(x, scale)
+    dnormed = multiply(dy, load_head(weight, column, live, K, W))
+    along = -sum_row(dnormed, normed) / K
+    return scaled(add(dnormed, scaled(normed, along)), scale), multiply(dy, normed)
 
 
 @triton.jit
-def rotate(x, cos, sin):
-    """RoPE (4) by cos and sin [BT, P]; with -sin its transpose, which is its backward."""
-    return x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin
+def rotate(x, angles, SIGN: tl.constexpr):
+    """RoPE (4) by the angles' cos and sin; with SIGN -1 its transpose, which is its backward."""
+    M: tl.constexpr = len(x) // 2
+    low = ()
+    high = ()
+    for i in tl.static_range(M):
+        cos, sin = angles[0][i], angles[1][i] * SIGN
+        low = low + (x[i] * cos - x[i + M] * sin,)
+        high = high + (x[i + M] * cos + x[i] * sin,)
+    return low + high
 
 
 @triton.jit
@@ -151,54 +197,71 @@ def residual_backward(dy, own, offsets, live, rows, bias, vector, first, drows, 
 
 
 @triton.jit
-def load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K: tl.constexpr):
+def load_own_key(rows, weights, angles, kv, live, column, eps, K: tl.constexpr, W: tl.constexpr):
     """The key after (3) and (4)."""
-    k = load_normed(rows.k, kv, live, weights.k_norm, pair, eps, K)
-    if rope is not None:
-        k = rotate(k, cos, sin)
+    k = load_normed(rows.k, kv, live, weights.k_norm, column, eps, K, W)
+    if len(angles) > 0:
+        k = rotate(k, angles, 1)
     return k
 
 
 @triton.jit
-def load_key(rows, weights, rope, first, kv, live, vector, pair, cos, sin, eps, K: tl.constexpr):
+def load_key(
+    rows, weights, angles, first, kv, live, vector, column, eps, K: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
     """The key after (6), as (9) and (10) take it."""
-    k = load_own_key(rows, weights, rope, kv, live, pair, cos, sin, eps, K)
-    if rows.key is not None:
-        high = K // 2
-        k = (
-            residual(k[0], kv, live, rows.key, weights.k0, vector, first[1]),
-            residual(k[1], kv + high, live, rows.key, weights.k0, vector + high, first[1]),
-        )
+    own = load_own_key(rows, weights, angles, kv, live, column, eps, K, W)
+    if rows.key is None:
+        k = own
+    else:
+        k = ()
+        for i in tl.static_range(len(own)):
+            at, n = kv + offset(i, K, W), vector + offset(i, K, W)
+            k = k + (residual(own[i], at, live, rows.key, weights.k0, n, first[1]),)
     return k
 
 
 @triton.jit
-def store_sum(pointer, offset, x, K: tl.constexpr, P: tl.constexpr):
-    """Write the sum of half a head over its tokens to a row of partial sums."""
-    pair = tl.arange(0, P)
-    tl.store(pointer + offset + pair, tl.sum(x, 0), mask=pair < K // 2)
+def store_sum(pointer, at, x, K: tl.constexpr, W: tl.constexpr):
+    """Write the sum of a tile over its tokens to its place in a row of partial sums."""
+    column = tl.arange(0, W)
+    tl.store(pointer + at + column, tl.sum(x, 0), mask=column < K // 2)
 
 
 @triton.jit
-def locate(T, H_KV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, P: tl.constexpr):
-    """This program's KV head and first token; tokens [BT, 1], pairs and mask [BT, P].
+def store_sums(pointer, other, at, x, y, K: tl.constexpr, W: tl.constexpr):
+    """The same for two at once, in one exchange between threads."""
+    column = tl.arange(0, W)
+    sum_x, sum_y = tl.split(tl.sum(tl.join(x, y), 0))
+    tl.store(pointer + at + column, sum_x, mask=column < K // 2)
+    tl.store(other + at + column, sum_y, mask=column < K // 2)
 
-    Pairs are a whole tile because a load of [1, P] would get a layout of its own, and with it a conversion
+
+@triton.jit
+def locate(T, H_KV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, W: tl.constexpr):
+    """KV head and first token of a program; tokens [BT, 1], columns and mask [BT, W] of a first tile.
+
+    Columns are a whole tile because a load of [1, W] would get a layout of its own, and with it a conversion
     through shared memory for each vector of each head.
     """
     start = (tl.program_id(0) // H_KV).to(tl.int64) * BT
     token = tl.arange(0, BT)[:, None]
-    pair = tl.broadcast_to(tl.arange(0, P)[None, :], (BT, P))
-    live = (start + token < T) & (pair < K // 2)
-    return tl.program_id(0) % H_KV, start, token, pair, live
+    column = tl.broadcast_to(tl.arange(0, W)[None, :], (BT, W))
+    live = (start + token < T) & (column < K // 2)
+    return tl.program_id(0) % H_KV, start, token, column, live
 
 
 @triton.jit
-def load_angles(rope, start, token, pair, live, K: tl.constexpr):
-    """cos and sin [BT, P]; without a position encoding a pair that is never read."""
+def load_angles(rope, start, token, column, live, K: tl.constexpr, W: tl.constexpr):
+    """cos and sin of a head's pairs, a tuple of tiles each; without a position encoding an empty tuple."""
     if rope is None:
-        angles = 1.0, 0.0
+        angles = ()
     else:
-        at = start * (K // 2) + token * (K // 2) + pair
-        angles = load(rope[0], at, live), load(rope[1], at, live)
+        cos = ()
+        sin = ()
+        for i in tl.static_range((K // 2 + W - 1) // W):
+            at = start * (K // 2) + token * (K // 2) + column + i * W
+            cos = cos + (load(rope[0], at, live),)
+            sin = sin + (load(rope[1], at, live),)
+        angles = cos, sin
     return angles

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rope, Rows, Weights, check, check_finish, finish, mix
+from hrwkv.kernels.mix import FirstLayer, Form, Rope, Rows, Weights, check, finish, mix
 from hrwkv.kernels.mix.naive import repeat_heads
 from hrwkv.kernels.wkv7 import chunk_torch, naive
 
@@ -53,9 +53,8 @@ def wkv7(
     Raises:
         ValueError: if shapes, dtypes, devices or lengths do not fit one another.
     """
-    _check_sequences(
-        Mixed(r, log_decay, k, v, a, b), cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
-    )
+    _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
+    _check_sequences(r, v, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
     if _fits_triton(r, v):
         from hrwkv.kernels.wkv7 import chunk_triton  # Triton is looked for only where a tensor is on a GPU
 
@@ -68,42 +67,56 @@ def wkv7(
     )
 
 
-def gated_wkv7(
-    mixed: Mixed,
-    gate: Tensor,
+def mixer(
+    rows: Rows,
+    weights: Weights,
     *,
-    bonus: Tensor | None,
+    form: Form,
+    rope: Rope | None,
+    first: FirstLayer | None,
     cu_seqlens: Tensor,
     lengths: Sequence[int],
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``wkv7`` and ``hrwkv.kernels.mix.finish``: from what ``mix`` gives to the output projection's input.
+) -> tuple[Tensor, Tensor, FirstLayer | None]:
+    """``mix``, ``wkv7`` and ``finish``: everything of the mixer between its projections, packed sequences.
 
-    On a GPU without gradients both are the same launches, and o never reaches memory.
+    Differentiable as these are. On a GPU without gradients it is three launches in which neither the vectors
+    of single tokens nor o reach memory.
 
     Args:
-        mixed: as ``hrwkv.kernels.mix.mix`` returns it; V is K here.
-        gate: ``[T, H, K]``.
-        bonus: ``[T, H]`` or None, as ``mix`` returns it.
+        rows: as for ``hrwkv.kernels.mix.mix``, and so are form, rope and first.
+        weights: the mixer's vectors, r_k included.
+        form: the variant's choices.
+        rope: cos and sin, or None.
+        first: the first layer's value and key, or None in that layer.
         cu_seqlens: as for ``wkv7``, and so are lengths and initial_state.
         lengths: the N sequence lengths on the host.
-        initial_state: ``[N, H, K, V]``, or None for zeros.
+        initial_state: ``[N, H, K, K]``, or None for zeros.
 
     Returns:
-        y ``[T, H, K]`` in the dtype of ``mixed.v``, and the state after each sequence as ``wkv7`` returns it.
+        y ``[T, H, K]``, the input of the output projection, the state after each sequence as ``wkv7`` returns
+        it, and ``first`` as ``mix`` returns it.
 
     Raises:
         ValueError: if shapes, dtypes, devices or lengths do not fit one another.
     """
-    if torch.is_grad_enabled() or not _fits_triton(mixed.r, mixed.v):
+    if torch.is_grad_enabled() or not _fits_triton(rows.r, rows.v):
+        mixed, bonus, first = mix(rows, weights, form=form, rope=rope, first=first)
         o, final = wkv7(*mixed, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
-        return finish(o, mixed.v, gate, bonus=bonus), final
-    _check_sequences(mixed, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
-    check_finish(mixed.r, mixed.v, gate, bonus=bonus)
+        return finish(o, mixed.v, rows.gate, bonus=bonus), final, first
+    check(rows, weights, form=form, rope=rope, first=first)
+    _check_sequences(rows.r, rows.v, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
     from hrwkv.kernels.wkv7 import chunk_triton
 
-    return chunk_triton.gated_wkv7(
-        mixed, gate, bonus=bonus, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
+    return chunk_triton.mixer(
+        rows,
+        weights,
+        form=form,
+        rope=rope,
+        first=first,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        initial_state=initial_state,
     )
 
 
@@ -197,11 +210,9 @@ def _fits_triton(r: Tensor, v: Tensor) -> bool:
 
 
 def _check_sequences(
-    mixed: Mixed, *, cu_seqlens: Tensor, lengths: Sequence[int], initial_state: Tensor | None
+    r: Tensor, v: Tensor, *, cu_seqlens: Tensor, lengths: Sequence[int], initial_state: Tensor | None
 ) -> None:
-    """Refuse tokens, lengths or states that do not fit one another."""
-    r, log_decay, k, v, a, b = mixed
-    _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
+    """Refuse lengths or states that do not fit one another and r [T, H, K] and v [T, H_v, V]."""
     num_sequences = len(lengths)
     if min(lengths, default=0) < 0 or sum(lengths) != len(r):
         raise ValueError(
@@ -214,7 +225,7 @@ def _check_sequences(
             f"the {num_sequences} lengths"
         )
     if initial_state is not None:
-        expected = (num_sequences, *k.shape[1:], v.shape[-1])
+        expected = (num_sequences, *r.shape[1:], v.shape[-1])
         _check_state("initial_state", initial_state, shape=expected, like=v)
 
 

@@ -87,6 +87,7 @@ def prepare(
     k,
     a,
     b,
+    own,
     chunks,
     w_out,
     e_out,
@@ -114,13 +115,15 @@ def prepare(
 
     ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in
     ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out``, ``p_out`` (M and P_rb) are written where ``BACKWARD``.
+    Without ``log_decay`` r, k, a, b are r^, k^, a^, b^ [NT, H, C, K] as ``scale_rows`` writes them, with it
+    ``own [NT, H, C]``, and B', K' and the decays are not written.
     """
     head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * PER
     step = tl.arange(0, C)
     lower = step[:, None] >= step[None, :]
     strictly_lower = step[:, None] > step[None, :]
-    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
+    exact: tl.constexpr = log_decay is not None and log_decay.dtype.element_ty == DOT
     for chunk in tl.range(first, min(num_chunks, first + PER), num_stages=STAGES):
         start = tl.load(chunks + 2 * chunk).to(tl.int64)
         present = step < tl.load(chunks + 2 * chunk + 1)
@@ -131,30 +134,34 @@ def prepare(
         p_ak = tl.zeros([C, C], tl.float32)
         p_rb = tl.zeros([C, C], tl.float32)
         p_rk = tl.zeros([C, C], tl.float32)
-        same = tl.zeros([C], tl.float32)
+        same = tl.load(own + place * C + step) if log_decay is None else tl.zeros([C], tl.float32)
         a_tiles = ()
         r_tiles = ()
         for i in tl.static_range(K // TK):
             columns = i * TK + tl.arange(0, TK)
-            g = load_tile(log_decay + tokens, step * H, columns, present, K)
-            total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
-            grow = tl.exp2(total)
-            shrink = tl.exp2(-total)
-            ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
-            before = tl.exp2(total - g * LOG2E)
-            a_hat = (load_tile(a + tokens_a, step * H_A, columns, present, K) * before).to(DOT)
-            r_tile = load_tile(r + tokens, step * H, columns, present, K)
-            k_tile = load_tile(k + tokens, step * H, columns, present, K)
-            same += tl.sum(r_tile * k_tile, axis=1)
-            r_hat = (r_tile * grow).to(DOT)
-            b_hat = load_tile(b + tokens, step * H, columns, present, K) * shrink
-            k_hat = k_tile * shrink
             out = place * (C * K) + (step[:, None] * K + columns[None, :])
-            tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
-            tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
-            tl.store(decay_out + place * K + columns, ending)
-            b_right = tl.trans(b_hat.to(DOT))
-            k_right = tl.trans(k_hat.to(DOT))
+            if log_decay is None:
+                a_hat, r_hat = tl.load(a + out), tl.load(r + out)
+                b_right, k_right = tl.trans(tl.load(b + out)), tl.trans(tl.load(k + out))
+            else:
+                g = load_tile(log_decay + tokens, step * H, columns, present, K)
+                total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
+                grow = tl.exp2(total)
+                shrink = tl.exp2(-total)
+                ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
+                before = tl.exp2(total - g * LOG2E)
+                a_hat = (load_tile(a + tokens_a, step * H_A, columns, present, K) * before).to(DOT)
+                r_tile = load_tile(r + tokens, step * H, columns, present, K)
+                k_tile = load_tile(k + tokens, step * H, columns, present, K)
+                same += tl.sum(r_tile * k_tile, axis=1)
+                r_hat = (r_tile * grow).to(DOT)
+                b_hat = load_tile(b + tokens, step * H, columns, present, K) * shrink
+                k_hat = k_tile * shrink
+                tl.store(b_out + out, (b_hat * ending[None, :]).to(DOT))
+                tl.store(k_out + out, (k_hat * ending[None, :]).to(DOT))
+                tl.store(decay_out + place * K + columns, ending)
+                b_right = tl.trans(b_hat.to(DOT))
+                k_right = tl.trans(k_hat.to(DOT))
             p_ab = tl.dot(a_hat, b_right, p_ab, input_precision=PRECISION)
             p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
             p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
@@ -218,6 +225,7 @@ def walk(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
+    HATS: tl.constexpr,
     KEEP: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -228,7 +236,7 @@ def walk(
     (B', W, K', E). ``initial`` and ``final`` [N, H, K, V] fp32. ``KEEP`` writes what ``gradients`` needs: the
     state before each chunk (in walking order) to ``states`` [NT, H, V, K], U or dY to ``inner`` [NT, H, C,
     V]. With a ``gate`` [T, H, V], and with it a ``bonus`` [T, H] or None, y is what the output projection
-    takes, (12) to (14), from O as it would have been stored.
+    takes, (12) to (14), from O as it would have been stored. ``HATS``: write and feed are B^ and K^.
     """
     pair = tl.program_id(0) // (V // BV)  # one axis: CUDA's others end at 65,535
     value = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
@@ -306,10 +314,11 @@ def walk(
             tl.store(inner + base * (C * V) + (step[:, None] * V + value[None, :]), tl.trans(kept))
         after = ()
         for i in tl.static_range(K // TK):
-            s = state[i] * tl.load(decay + base * K + i * TK + key)[None, :]
+            ending = tl.load(decay + base * K + i * TK + key)[None, :]
+            s = state[i] if HATS else state[i] * ending
             s = tl.dot(x_left, tl.load(feed + tile + i * TK), s, input_precision=PRECISION)
             s = tl.dot(u_left, tl.load(write + tile + i * TK), s, input_precision=PRECISION)
-            after = after + (s,)
+            after = after + (s * ending if HATS else s,)
         state = after
     for i in tl.static_range(K // TK):
         tl.store(final + ends + i * TK * V, state[i])

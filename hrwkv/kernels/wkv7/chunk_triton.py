@@ -20,15 +20,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrwkv.kernels.mix.naive import Mixed
+from hrwkv.kernels.mix.fused_mix import own_value, select
+from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights
 from hrwkv.kernels.tuning import Config, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
+from hrwkv.kernels.wkv7.chunk_mix import scale_rows
 
 CHUNK = 32
 # What tuning may choose from, the first where nothing is known. 160 registers let a third program run on an
 # NVIDIA multiprocessor, which is worth a few spills.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
+PREPARE_HATS = [
+    Config(TK=tile, num_warps=2, maxnreg=registers) for tile in (32, 64) for registers in (255, 168)
+]
 WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
 GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
@@ -85,30 +90,25 @@ def wkv7(
     return o.to(v.dtype), final
 
 
-def gated_wkv7(
-    mixed: Mixed,
-    gate: Tensor,
+def mixer(
+    rows: Rows,
+    weights: Weights,
     *,
-    bonus: Tensor | None,
+    form: Form,
+    rope: Rope | None,
+    first: FirstLayer | None,
     cu_seqlens: Tensor,
     lengths: Sequence[int],
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same and ``finish`` in the same launches, not differentiable: ``hrwkv.kernels.wkv7.gated_wkv7``."""
-    inputs = _ready(*mixed)
+) -> tuple[Tensor, Tensor, FirstLayer | None]:
+    """Three launches from the rows to y, not differentiable: ``hrwkv.kernels.wkv7.mixer``'s contract."""
+    rows = Rows(*(None if x is None else x.contiguous() for x in rows))
     sequences = plan(lengths, cu_seqlens)
-    parts = _prepare(inputs, sequences, backward=False)
+    parts, v, bonus, first = _scale_rows(rows, weights, sequences, form=form, rope=rope, first=first)
     y, final, *_ = _walk(
-        parts,
-        inputs[3],
-        sequences,
-        initial_state,
-        reverse=False,
-        keep=False,
-        gate=gate.contiguous(),
-        bonus=None if bonus is None else bonus.contiguous(),
+        parts, v, sequences, initial_state, reverse=False, keep=False, hats=True, gate=rows.gate, bonus=bonus
     )
-    return y.to(mixed.v.dtype), final
+    return y, final, first
 
 
 def _ready(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -229,6 +229,7 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             k,
             a,
             b,
+            None,
             plan.chunks,
             *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
             plan.num_chunks,
@@ -247,6 +248,87 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     return parts
 
 
+def _scale_rows(
+    rows: Rows,
+    weights: Weights,
+    plan: Plan,
+    *,
+    form: Form,
+    rope: Rope | None,
+    first: FirstLayer | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None, FirstLayer | None]:
+    """What ``walk`` takes, B^ and K^ for B' and K'; v, the bonus, and ``first`` as ``mix`` returns it."""
+    read, vectors, first_read, starts = select(rows, weights, form=form, rope=rope, first=first)
+    heads, size = rows.r.shape[1:]
+    dtype = torch.bfloat16 if rows.r.dtype == torch.bfloat16 else torch.float32
+    wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
+    r_hat, a_hat = (rows.r.new_empty(wide, dtype=dtype) for _ in "ra")
+    own = rows.r.new_empty(square[:3], dtype=torch.float32)
+    bonus = None if weights.r_k is None else rows.r.new_empty(rows.r.shape[:2], dtype=torch.float32)
+    v = None if read.value is None else torch.empty_like(read.value)
+    k_first = torch.empty_like(rows.k) if starts else None
+    parts = {name: rows.r.new_empty(wide, dtype=dtype) for name in "webk"}
+    parts |= {name: rows.r.new_empty(square, dtype=dtype) for name in "qf"}
+    parts |= {name: rows.r.new_empty(0, dtype=dtype) for name in "mp"}
+    parts["decay"] = rows.r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
+    if plan.num_chunks:
+        with torch.cuda.device_of(rows.r):
+            scale_rows[(plan.num_chunks * rows.k.shape[1],)](
+                read._replace(r=rows.r, gate=None),
+                vectors,
+                None if rope is None else tuple(x.contiguous() for x in rope),
+                tuple(None if x is None else x.contiguous() for x in first_read),
+                plan.chunks,
+                Mixed(r=r_hat, log_decay=None, k=parts["k"], v=None, a=a_hat, b=parts["b"]),
+                v,
+                k_first,
+                parts["decay"],
+                own,
+                bonus,
+                form.norm_eps,
+                H=heads,
+                H_KV=rows.k.shape[1],
+                K=size,
+                C=CHUNK,
+                W=min(size // 2 & -(size // 2), 32),
+                LOG_LOG=form.key_scale == "log_log",
+                REPEATED=form.value_residual in ("gated_repeated", "low_rank"),
+                STAGES=1,
+                num_warps=4,
+            )
+        _prepare_hats(r_hat, a_hat, own, parts, plan)
+    v = own_value(rows, form) if v is None else v
+    return parts, v, bonus, (v, k_first) if starts else first
+
+
+def _prepare_hats(r_hat: Tensor, a_hat: Tensor, own: Tensor, parts: dict[str, Tensor], plan: Plan) -> None:
+    """Fill W, E, Q and F of the parts from hats."""
+
+    def run(config: Config) -> None:
+        prepare[(r_hat.shape[1], -(-plan.num_chunks // 8))](
+            r_hat,
+            None,
+            parts["k"],
+            a_hat,
+            parts["b"],
+            own,
+            plan.chunks,
+            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            plan.num_chunks,
+            H=r_hat.shape[1],
+            H_A=r_hat.shape[1],
+            PER=8,
+            STAGES=2,
+            SOLVE="tf32" if r_hat.dtype == torch.bfloat16 else "tf32x3",
+            BACKWARD=False,
+            **(_constants(r_hat) | {"K": r_hat.shape[3]}),
+            **config,
+        )
+
+    work = plan.num_chunks * r_hat.shape[1]
+    _tuned("wkv7 prepare hats", r_hat, PREPARE_HATS, run, size=r_hat.shape[3], work=work)
+
+
 def _walk(
     parts: dict[str, Tensor],
     x: Tensor,
@@ -255,6 +337,7 @@ def _walk(
     *,
     reverse: bool,
     keep: bool,
+    hats: bool = False,
     gate: Tensor | None = None,
     bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -284,6 +367,7 @@ def _walk(
             H_X=x.shape[1],
             V=value_size,
             REVERSE=reverse,
+            HATS=hats,
             KEEP=keep,
             HAS_INITIAL=initial is not None,
             **(_constants(x) | {"K": size}),

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from hrwkv.kernels.mix.naive import Mixed, finish
-from hrwkv.kernels.wkv7 import gated_wkv7, naive, wkv7
+from hrwkv.kernels.wkv7 import naive, wkv7
 from tests.kernels.wkv7.cases import LOWEST_LOG_DECAY, assert_near, bounds, make_inputs, run, run_with_grads
 
 chunk_triton = pytest.importorskip("hrwkv.kernels.wkv7.chunk_triton", reason="Triton is not installed")
@@ -92,22 +91,6 @@ def test_values_and_removal_keys_may_be_shared_by_heads():
     assert_near(run_with_grads(wkv7, shared, lengths), expected, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("bonus", [False, True], ids=["no-bonus", "bonus"])
-@pytest.mark.parametrize("key_size", [32, 64, 96, 128], ids="K{}".format)
-def test_gated_equals_naive_and_finish(key_size, bonus):
-    lengths = (33, 0, 5)
-    *tokens, state = (x.float().to(DEVICE) for x in make_inputs(lengths, key_size=key_size))
-    mixed = Mixed(*tokens)._replace(v=tokens[3][:, :1].contiguous())  # shared by both heads
-    gate, weight = torch.randn_like(tokens[0]), torch.randn(38, 2, device=DEVICE) if bonus else None
-    places = {"cu_seqlens": bounds(lengths).to(DEVICE), "lengths": lengths, "initial_state": state}
-    y, final_state = chunk_triton.gated_wkv7(mixed, gate, bonus=weight, **places)
-    exact = mixed._replace(v=mixed.v.expand(-1, 2, -1))
-    o, exact_state = naive.wkv7(*(x.double() for x in exact), **places | {"initial_state": state.double()})
-    exact_y = finish(o, exact.v.double(), gate.double(), bonus=None if weight is None else weight.double())
-    expected = {"y": exact_y, "final_state": exact_state}
-    assert_near({"y": y, "final_state": final_state}, expected, tolerance=FP32)
-
-
 def test_no_initial_state_is_zeros():
     lengths = (20, 33)
     *tokens, state = (x.float() for x in make_inputs(lengths))
@@ -179,29 +162,6 @@ def test_same_bits_twenty_times_on_a_gpu():
     for _ in range(19):
         again = run_with_grads(triton_wkv7, inputs, lengths)
         assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("key_size", [64, 96], ids="K{}".format)
-@pytest.mark.parametrize("bonus", [False, True], ids=["no-bonus", "bonus"])
-def test_gated_without_gradients_is_gated_with_them(bonus, key_size):
-    """o is rounded before the gate in both; what is left is the order of three products."""
-    lengths = (300, 0, 1, 70)
-    inputs = [x.cuda() for x in make_inputs(lengths, heads=4, key_size=key_size)]
-    *tokens, state = inputs
-    mixed = Mixed(*(x.bfloat16() for x in tokens))._replace(log_decay=tokens[1].float())
-    mixed = mixed._replace(v=mixed.v[:, :2].contiguous(), a=mixed.a[:, :1].contiguous())
-    gate, weight = torch.randn_like(mixed.r), torch.randn(371, 4, device="cuda") if bonus else None
-
-    def call():
-        return gated_wkv7(
-            mixed, gate, bonus=weight, cu_seqlens=bounds(lengths).cuda(), lengths=lengths, initial_state=state
-        )
-
-    (y, final_state), (expected_y, expected_state) = torch.no_grad()(call)(), call()
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(final_state, expected_state)
-    assert_near({"y": y.double()}, {"y": expected_y.double()}, tolerance=2e-3)
 
 
 @pytest.mark.gpu
