@@ -89,13 +89,13 @@ def prepare(
     b,
     chunks,
     w_out,
-    e_out,
+    r_out,
     b_out,
     k_out,
     q_out,
-    f_out,
+    p_rk_out,
+    p_rb_out,
     m_out,
-    p_out,
     decay_out,
     num_chunks,
     H: tl.constexpr,
@@ -133,7 +133,6 @@ def prepare(
         p_rk = tl.zeros([C, C], tl.float32)
         same = tl.zeros([C], tl.float32)
         a_tiles = ()
-        r_tiles = ()
         for i in tl.static_range(K // TK):
             columns = i * TK + tl.arange(0, TK)
             g = load_tile(log_decay + tokens, step * H, columns, present, K)
@@ -159,8 +158,8 @@ def prepare(
             p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
             p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
             p_rk = tl.dot(r_hat, k_right, p_rk, input_precision=PRECISION)
+            tl.store(r_out + out, r_hat)
             a_tiles = a_tiles + (a_hat,)
-            r_tiles = r_tiles + (r_hat,)
 
         # Repeated keys need more of M than bf16 holds, and a token's own share r k, where the decay is no
         # factor, is most of its output where the decay is fast.
@@ -169,22 +168,18 @@ def prepare(
         solve = high.to(DOT)
         rest = (exact_solve - high).to(DOT)
         p_rk = tl.where(strictly_lower, p_rk, tl.where(lower, same[:, None], 0.0))
-        p_rb_low = tl.where(lower, p_rb, 0.0).to(DOT)
         p_ak_low = tl.where(strictly_lower, p_ak, 0.0).to(DOT)
         q = exact_left(solve, rest, p_ak_low, DOT, PRECISION).to(DOT)
-        f = tl.dot(p_rb_low, q, p_rk, input_precision=PRECISION)
         square = place * (C * C) + (step[:, None] * C + step[None, :])
         tl.store(q_out + square, q)
-        tl.store(f_out + square, f.to(DOT))
+        tl.store(p_rk_out + square, p_rk.to(DOT))
+        tl.store(p_rb_out + square, tl.where(lower, p_rb, 0.0).to(DOT))
         if BACKWARD:
             tl.store(m_out + square, solve)
-            tl.store(p_out + square, p_rb_low)
         for i in tl.static_range(K // TK):
             out = place * (C * K) + (step[:, None] * K + (i * TK + tl.arange(0, TK))[None, :])
             w = exact_left(solve, rest, a_tiles[i], DOT, PRECISION).to(DOT)
-            e = tl.dot(p_rb_low, w, r_tiles[i].to(tl.float32), input_precision=PRECISION)
             tl.store(w_out + out, w)
-            tl.store(e_out + out, e.to(DOT))
 
 
 @triton.jit
@@ -195,9 +190,9 @@ def walk(
     feed,
     decay,
     q,
-    f,
-    m,
+    p_rk,
     p_rb,
+    m,
     x,
     y,
     inner,
@@ -263,28 +258,27 @@ def walk(
             low = low + (state[i].to(DOT),)
             if KEEP:
                 tl.store(states + base * (V * K) + (value[:, None] * K + (i * TK + key)[None, :]), low[i])
-        q_tile = tl.load(q + square)
-        f_tile = tl.load(f + square)
+        # From x to the inner vectors, from x to y, and from the inner vectors to y.
         if REVERSE:
-            u = tl.zeros([BV, C], tl.float32)
-            out = tl.dot(x_left, f_tile, input_precision=PRECISION)
+            x_inner, x_y, inner_y = tl.load(p_rb + square), tl.load(p_rk + square), tl.load(q + square)
         else:
-            u = tl.dot(x_left, tl.trans(q_tile), input_precision=PRECISION)
-            out = tl.dot(x_left, tl.trans(f_tile), input_precision=PRECISION)
+            x_inner = tl.trans(tl.load(q + square))
+            x_y = tl.trans(tl.load(p_rk + square))
+            inner_y = tl.trans(tl.load(p_rb + square))
+        u = tl.dot(x_left, x_inner, input_precision=PRECISION)
+        out = tl.dot(x_left, x_y, input_precision=PRECISION)
         for i in tl.static_range(K // TK):
             u = tl.dot(low[i], tl.trans(tl.load(read + tile + i * TK)), u, input_precision=PRECISION)
         u_left = u.to(DOT)
         for i in tl.static_range(K // TK):
             out = tl.dot(low[i], tl.trans(tl.load(mix + tile + i * TK)), out, input_precision=PRECISION)
-        if REVERSE:
-            out = tl.dot(u_left, q_tile, out, input_precision=PRECISION)
+        out = tl.dot(u_left, inner_y, out, input_precision=PRECISION)
         y_offsets = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
         tl.store(y + y_offsets, tl.trans(out.to(y.dtype.element_ty)), mask=present[:, None])
         if KEEP:
             kept = u_left
-            if REVERSE:  # dY = M^T (P_rb^T dO + Z)
-                du = tl.dot(x_left, tl.load(p_rb + square), u, input_precision=PRECISION)
-                kept = tl.dot(du.to(DOT), tl.load(m + square), input_precision=PRECISION).to(DOT)
+            if REVERSE:  # dY = M^T dU
+                kept = tl.dot(u_left, tl.load(m + square), input_precision=PRECISION).to(DOT)
             tl.store(inner + base * (C * V) + (step[:, None] * V + value[None, :]), tl.trans(kept))
         after = ()
         for i in tl.static_range(K // TK):

@@ -185,9 +185,9 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     r, log_decay, k, _, a, b = inputs
     heads, size = r.shape[1:]
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    parts = {name: r.new_empty(wide) for name in ("w", "e", "b", "k")}
-    parts |= {name: r.new_empty(square) for name in ("q", "f")}
-    parts |= {name: r.new_empty(square if backward else 0) for name in ("m", "p")}
+    parts = {name: r.new_empty(wide) for name in ("w", "r", "b", "k")}
+    parts |= {name: r.new_empty(square) for name in ("q", "p_rk", "p_rb")}
+    parts["m"] = r.new_empty(square if backward else 0)
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
 
     def run(config: Config) -> None:
@@ -198,7 +198,7 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             a,
             b,
             plan.chunks,
-            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
@@ -227,8 +227,8 @@ def _walk(
 
     def run(config: Config) -> None:
         walk[(value_size // config["BV"] * heads * len(plan.lengths),)](
-            *(parts[name] for name in ("bwke" if reverse else "wbek")),
-            *(parts[name] for name in ("decay", "q", "f", "m", "p")),
+            *(parts[name] for name in ("bwkr" if reverse else "wbrk")),
+            *(parts[name] for name in ("decay", "q", "p_rk", "p_rb", "m")),
             x,
             y,
             inner,
