@@ -25,11 +25,18 @@ from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 
 CHUNK = 32
-# What tuning may choose from, the first where nothing is known. 160 registers let a third program run on an
-# NVIDIA multiprocessor, which is worth a few spills.
+# What tuning may choose from, the first where nothing is known. 168 registers let a third program of four
+# warps run on an NVIDIA multiprocessor and 128 a fourth, which is worth a few spills.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
-WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
-GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
+WALK = [
+    *(Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)),
+    *(Config(TK=32, BV=block, STAGES=2, num_warps=4) for block in (64, 128)),
+    Config(TK=64, BV=64, STAGES=2, num_warps=4, maxnreg=128),
+]
+GRADIENTS = [
+    Config(TK=32, STAGES=2, num_warps=4),
+    *(Config(TK=32, STAGES=stages, num_warps=4, maxnreg=168) for stages in (1, 2)),
+]
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -121,7 +128,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         da = torch.empty_like(r)
 
         def run(config: Config) -> None:
-            gradients[(r.shape[2] // config["TK"] * heads * plan.num_chunks,)](
+            gradients[(heads * plan.num_chunks,)](
                 *inputs,
                 do,
                 u,
@@ -139,7 +146,6 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_V=v.shape[1],
                 V=v.shape[2],
                 TV=32,
-                STAGES=2,
                 **_constants(r),
                 **config,
             )
@@ -204,7 +210,6 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             H_A=a.shape[1],
             PER=8,
             STAGES=2,
-            SOLVE="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=backward,
             **_constants(r),
             **config,
@@ -226,7 +231,7 @@ def _walk(
     inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
 
     def run(config: Config) -> None:
-        walk[(value_size // config["BV"] * heads * len(plan.lengths),)](
+        walk[(-(-value_size // config["BV"]) * heads * len(plan.lengths),)](
             *(parts[name] for name in ("bwkr" if reverse else "wbrk")),
             *(parts[name] for name in ("decay", "q", "p_rk", "p_rb", "m")),
             x,
@@ -248,5 +253,5 @@ def _walk(
         )
 
     if plan.lengths:
-        _tuned("wkv7 walk", x, WALK, run, size=size, work=plan.num_chunks * heads)
+        _tuned(f"wkv7 walk{' backwards' * reverse}", x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner
