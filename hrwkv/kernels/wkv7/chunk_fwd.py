@@ -3,17 +3,21 @@
 hxa079.md (18) to (21), with everything that does not depend on a state pulled out of the loop over chunks.
 ``prepare`` works on all chunks at once and leaves, for every chunk and head,
 
-    M  = (I - P_ab)^-1              W  = M A            E  = R + P_rb W           [C, K]
-    Q  = M P_ak                     F  = P_rk + P_rb Q                            [C, C]
+    M  = (I - P_ab)^-1              W  = M A,  R                                  [C, K]
+    Q  = M P_ak                     P_rk,  P_rb                                   [C, C]
     B' = exp(G_C) B^,  K' = exp(G_C) K^                                           [C, K]
 
 so that ``walk`` has two dependent products a chunk in either direction (all names as in the code):
 
-    forward   U = W S + Q V     S <- exp(G_C) S + B'^T U + K'^T V       O = E S + F V
-    backward  Z = B' dS         dS <- exp(G_C) dS + W^T Z + E^T dO      dV = K' dS + F^T dO + Q^T Z
+    forward   U  = W S + Q V            S <- exp(G_C) S + B'^T U + K'^T V     O  = R S + P_rb U + P_rk V
+    backward  dU = B' dS + P_rb^T dO    dS <- exp(G_C) dS + W^T dU + R^T dO   dV = K' dS + Q^T dU + P_rk^T dO
 
 ``walk`` holds the state transposed, [V, K]: then S^T and U^T are the left operands of the next product and go
 from one to the other in registers, and every warp owns its rows of V without meeting another.
+
+Rounding: with repeated keys, the worst case, every bf16 tensor between the inputs and the state adds about a
+tenth of its error (docs/log.md). So O is not made of R + P_rb W, which rounds R twice, U reaches the state in
+two parts, and W's factors are two fp16 parts of M, fp16 of A.
 
 Range: exp(-G) is at most e^(0.6065 C), 2.7e8 for C = 32, so half precision here is bf16, and a mean log_decay
 below -2.7 a token overflows. The inverse is made by blocks (two inverted blocks become one of twice the
@@ -132,7 +136,7 @@ def prepare(
     """One program per (head, PER chunks): the next chunk's inputs are on their way while one is worked on.
 
     ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in
-    ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out``, ``p_out`` (M and P_rb) are written where ``BACKWARD``.
+    ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out`` is written where ``BACKWARD``.
     """
     head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * PER

@@ -187,7 +187,7 @@ def _tuned(
 
 
 def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
-    """W, E, B', K' [NT, H, C, K], Q, F and where ``backward`` M, P_rb [NT, H, C, C], decays [NT, H, K]."""
+    """W, R, B', K' [NT, H, C, K], Q, P_rk, P_rb, M where ``backward`` [NT, H, C, C], decays [NT, H, K]."""
     r, log_decay, k, _, a, b = inputs
     heads, size = r.shape[1:]
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
