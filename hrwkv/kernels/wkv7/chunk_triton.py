@@ -28,14 +28,21 @@ from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 from hrwkv.kernels.wkv7.chunk_mix import scale_rows
 
 CHUNK = 32
-# What tuning may choose from, the first where nothing is known. 160 registers let a third program run on an
-# NVIDIA multiprocessor, which is worth a few spills.
+# What tuning may choose from, the first where nothing is known. 168 registers let a third program of four
+# warps run on an NVIDIA multiprocessor and 128 a fourth, which is worth a few spills.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
 PREPARE_HATS = [
     Config(TK=tile, num_warps=2, maxnreg=registers) for tile in (32, 64) for registers in (255, 168)
 ]
-WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
-GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
+WALK = [
+    *(Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)),
+    *(Config(TK=32, BV=block, STAGES=2, num_warps=4) for block in (64, 128)),
+    Config(TK=64, BV=64, STAGES=2, num_warps=4, maxnreg=128),
+]
+GRADIENTS = [
+    Config(TK=32, STAGES=2, num_warps=4),
+    *(Config(TK=32, STAGES=stages, num_warps=4, maxnreg=168) for stages in (1, 2)),
+]
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -153,7 +160,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         da = torch.empty_like(r)
 
         def run(config: Config) -> None:
-            gradients[(r.shape[2] // config["TK"] * heads * plan.num_chunks,)](
+            gradients[(heads * plan.num_chunks,)](
                 *inputs,
                 do,
                 u,
@@ -171,7 +178,6 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_V=v.shape[1],
                 V=v.shape[2],
                 TV=32,
-                STAGES=2,
                 **_constants(r),
                 **config,
             )
@@ -213,13 +219,13 @@ def _tuned(
 
 
 def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
-    """W, E, B', K' [NT, H, C, K], Q, F and where ``backward`` M, P_rb [NT, H, C, C], decays [NT, H, K]."""
+    """W, R, B', K' [NT, H, C, K], Q, P_rk, P_rb, M where ``backward`` [NT, H, C, C], decays [NT, H, K]."""
     r, log_decay, k, _, a, b = inputs
     heads, size = r.shape[1:]
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    parts = {name: r.new_empty(wide) for name in ("w", "e", "b", "k")}
-    parts |= {name: r.new_empty(square) for name in ("q", "f")}
-    parts |= {name: r.new_empty(square if backward else 0) for name in ("m", "p")}
+    parts = {name: r.new_empty(wide) for name in ("w", "r", "b", "k")}
+    parts |= {name: r.new_empty(square) for name in ("q", "p_rk", "p_rb")}
+    parts["m"] = r.new_empty(square if backward else 0)
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
 
     def run(config: Config) -> None:
@@ -231,13 +237,12 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             b,
             None,
             plan.chunks,
-            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
             PER=8,
             STAGES=2,
-            SOLVE="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=backward,
             **_constants(r),
             **config,
@@ -262,14 +267,14 @@ def _scale_rows(
     heads, size = rows.r.shape[1:]
     dtype = torch.bfloat16 if rows.r.dtype == torch.bfloat16 else torch.float32
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    r_hat, a_hat = (rows.r.new_empty(wide, dtype=dtype) for _ in "ra")
+    a_hat = rows.r.new_empty(wide, dtype=torch.float16 if dtype == torch.bfloat16 else dtype)
     own = rows.r.new_empty(square[:3], dtype=torch.float32)
     bonus = None if weights.r_k is None else rows.r.new_empty(rows.r.shape[:2], dtype=torch.float32)
     v = None if read.value is None else torch.empty_like(read.value)
     k_first = torch.empty_like(rows.k) if starts else None
-    parts = {name: rows.r.new_empty(wide, dtype=dtype) for name in "webk"}
-    parts |= {name: rows.r.new_empty(square, dtype=dtype) for name in "qf"}
-    parts |= {name: rows.r.new_empty(0, dtype=dtype) for name in "mp"}
+    parts = {name: rows.r.new_empty(wide, dtype=dtype) for name in ("w", "r", "b", "k")}
+    parts |= {name: rows.r.new_empty(square, dtype=dtype) for name in ("q", "p_rk", "p_rb")}
+    parts["m"] = rows.r.new_empty(0, dtype=dtype)
     parts["decay"] = rows.r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
     if plan.num_chunks:
         with torch.cuda.device_of(rows.r):
@@ -279,7 +284,7 @@ def _scale_rows(
                 None if rope is None else tuple(x.contiguous() for x in rope),
                 tuple(None if x is None else x.contiguous() for x in first_read),
                 plan.chunks,
-                Mixed(r=r_hat, log_decay=None, k=parts["k"], v=None, a=a_hat, b=parts["b"]),
+                Mixed(r=parts["r"], log_decay=None, k=parts["k"], v=None, a=a_hat, b=parts["b"]),
                 v,
                 k_first,
                 parts["decay"],
@@ -296,13 +301,14 @@ def _scale_rows(
                 STAGES=1,
                 num_warps=4,
             )
-        _prepare_hats(r_hat, a_hat, own, parts, plan)
+        _prepare_hats(a_hat, own, parts, plan)
     v = own_value(rows, form) if v is None else v
     return parts, v, bonus, (v, k_first) if starts else first
 
 
-def _prepare_hats(r_hat: Tensor, a_hat: Tensor, own: Tensor, parts: dict[str, Tensor], plan: Plan) -> None:
-    """Fill W, E, Q and F of the parts from hats."""
+def _prepare_hats(a_hat: Tensor, own: Tensor, parts: dict[str, Tensor], plan: Plan) -> None:
+    """Fill W, Q, P_rk and P_rb of the parts from hats."""
+    r_hat = parts["r"]
 
     def run(config: Config) -> None:
         prepare[(r_hat.shape[1], -(-plan.num_chunks // 8))](
@@ -313,13 +319,12 @@ def _prepare_hats(r_hat: Tensor, a_hat: Tensor, own: Tensor, parts: dict[str, Te
             parts["b"],
             own,
             plan.chunks,
-            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
             plan.num_chunks,
             H=r_hat.shape[1],
             H_A=r_hat.shape[1],
             PER=8,
             STAGES=2,
-            SOLVE="tf32" if r_hat.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=False,
             **(_constants(r_hat) | {"K": r_hat.shape[3]}),
             **config,
@@ -350,9 +355,9 @@ def _walk(
     inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
 
     def run(config: Config) -> None:
-        walk[(value_size // config["BV"] * heads * len(plan.lengths),)](
-            *(parts[name] for name in ("bwke" if reverse else "wbek")),
-            *(parts[name] for name in ("decay", "q", "f", "m", "p")),
+        walk[(-(-value_size // config["BV"]) * heads * len(plan.lengths),)](
+            *(parts[name] for name in ("bwkr" if reverse else "wbrk")),
+            *(parts[name] for name in ("decay", "q", "p_rk", "p_rb", "m")),
             x,
             y,
             gate,
@@ -375,5 +380,5 @@ def _walk(
         )
 
     if plan.lengths:
-        _tuned("wkv7 walk", x, WALK, run, size=size, work=plan.num_chunks * heads)
+        _tuned(f"wkv7 walk{' backwards' * reverse}", x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner
