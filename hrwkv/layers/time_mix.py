@@ -205,8 +205,9 @@ class TimeMix(Projections):
             return read(rows, rope, first)
         parts = [_tokens(x, num) for x in (rows, rope, first)]
         (y, own), (later_y, later) = step(*(x[0] for x in parts)), read(*(x[1] for x in parts))
-        joined = None if own is None or later is None else tuple(map(torch.cat, zip(own, later, strict=True)))
-        return torch.cat([y, later_y]), joined if first is None else first
+        if first is None and own is not None and later is not None:
+            first = torch.cat([own[0], later[0]]), torch.cat([own[1], later[1]])
+        return torch.cat([y, later_y]), first
 
     def _project(self, x: Tensor, *, in_first: bool) -> Rows:
         """The products of x that this layer reads, by heads (2, 5 to 8, 14, 31, 32)."""

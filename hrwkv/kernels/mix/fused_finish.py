@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from hrwkv.kernels.mix.tiles import load, store
 
 NUM_WARPS = 4
-STAGES = 2  # the next head's rows are on their way while one is worked on
+STAGES = 3  # the next heads' rows are on their way while one is worked on
 BLOCK_SIZE = 2048  # elements of a tile: sixteen a thread, two loads of 16 bytes in bf16
 
 

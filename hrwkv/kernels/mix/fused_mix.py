@@ -1,17 +1,16 @@
-"""``mix`` in Triton: one launch forward and one backward; only what came in is kept between them.
+"""``mix`` in Triton: one launch forward and one backward; only what came in is kept between them, and r.
 
 One program handles a block of tokens of one KV head and walks the query heads that share it, so k, kk and the
-key's gradient are computed once for the group and never repeated in memory. At K = 96 a quarter of a tile's
-lanes is masked. That costs no bytes, and the instructions fit: 58 an element forward and 98 backward, where
-an H200 has time for seven with each of the 18 and 24 bytes that move. The gradients of the small vectors are
-summed over a block of tokens in the program and over the blocks by torch, without atomics: the same inputs
-give the same bits.
+key's gradient are computed once for the group and never repeated in memory; the next head's rows are on their
+way while one is worked on. The gradients of the small vectors are summed over a block of tokens in the
+program and over the blocks by torch, without atomics: the same inputs give the same bits. These sums are what
+holds the backward up: they are exchanges between threads, so its programs have one warp each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,10 +43,17 @@ from hrwkv.kernels.mix.tiles import (
     sum_row,
 )
 
-NUM_WARPS = 4
-STAGES = 1
-WIDTH = 64
-BLOCK_SIZE = 512
+
+class Launch(NamedTuple):
+    """How a kernel is cut: elements of a tile, the most columns that one may have, warps of a program."""
+
+    size: int
+    width: int
+    num_warps: int
+
+
+FORWARD = Launch(size=256, width=64, num_warps=2)
+BACKWARD = Launch(size=256, width=64, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -270,7 +276,7 @@ def mix(
     """The contract is ``hrwkv.kernels.mix.mix``'s; fp32 inside."""
     rows_read, weights_read, first_read, starts = select(rows, weights, form=form, rope=rope, first=first)
     r, log_decay, k, v, a, b, bonus, own_key = _Mix.apply(
-        form, rope, starts, *rows_read._replace(gate=None), *weights_read, *first_read
+        form, rope, starts, *rows_read, *weights_read, *first_read
     )
     v = own_value(rows, form) if v is None else v
     mixed = Mixed(r=rows.r if r is None else r, log_decay=log_decay, k=k, v=v, a=a, b=b)
@@ -292,6 +298,7 @@ def select(
     v_first, k_first = (None, None) if first is None else first
     rows = rows._replace(
         r=_kept(rows.r, turns or weights.r_k is not None),
+        gate=_kept(rows.gate, False),
         value=_kept(rows.value, reads_value),
         key=_kept(rows.key, reads_key),
     )
@@ -331,7 +338,7 @@ class _Mix(torch.autograd.Function):
         if weights.r_k is not None:
             bonus = rows.decay.new_empty(rows.decay.shape[:2], dtype=torch.float32)
         with torch.cuda.device_of(rows.k):
-            forward_kernel[_grid(rows)](
+            forward_kernel[_grid(rows, FORWARD)](
                 rows,
                 weights,
                 ctx.rope,
@@ -341,7 +348,7 @@ class _Mix(torch.autograd.Function):
                 k_first,
                 len(rows.k),
                 form.norm_eps,
-                **_sizes(rows, form),
+                **_sizes(rows, form, FORWARD),
             )
         # The recurrence keeps mixed.r as well, so the rows behind it are given back where no norm needs them.
         if weights.r_norm is None:
@@ -361,7 +368,7 @@ class _Mix(torch.autograd.Function):
         dfirst = tuple(_like(x) if need else None for x, need in zip(first, needed, strict=True))
         partial = _partial_sums(rows, weights)
         with torch.cuda.device_of(rows.k):
-            backward_kernel[_grid(rows)](
+            backward_kernel[_grid(rows, BACKWARD)](
                 rows,
                 weights,
                 ctx.rope,
@@ -375,7 +382,7 @@ class _Mix(torch.autograd.Function):
                 dfirst,
                 len(rows.k),
                 ctx.form.norm_eps,
-                **_sizes(rows, ctx.form),
+                **_sizes(rows, ctx.form, BACKWARD),
             )
         dweights = (
             None if x is None or sums is None else sums.sum(0).view_as(x).to(x.dtype)
@@ -402,7 +409,7 @@ def _like(x: Tensor | None) -> Any:
 
 def _partial_sums(rows: Rows, weights: Weights) -> Weights:
     """Memory for the sums of one block of tokens each; every KV head has its own of the norms' weights."""
-    programs = _grid(rows)[0]
+    programs = _grid(rows, BACKWARD)[0]
     blocks = programs // rows.k.shape[1]
 
     def sums(x: Tensor | None, count: int) -> Any:
@@ -412,20 +419,20 @@ def _partial_sums(rows: Rows, weights: Weights) -> Weights:
     return of_blocks._replace(r_norm=sums(weights.r_norm, programs), k_norm=sums(weights.k_norm, programs))
 
 
-def _block(rows: Rows) -> tuple[int, int]:
+def _block(rows: Rows, launch: Launch) -> tuple[int, int]:
     """BT tokens and W columns of a tile."""
-    width = min(triton.next_power_of_2(rows.k.shape[2] // 2), WIDTH)
-    return max(BLOCK_SIZE // width, 1), width
+    width = min(triton.next_power_of_2(rows.k.shape[2] // 2), launch.width)
+    return max(launch.size // width, 1), width
 
 
-def _grid(rows: Rows) -> tuple[int]:
+def _grid(rows: Rows, launch: Launch) -> tuple[int]:
     """One program per block of tokens and KV head, a block's heads beside one another as in memory."""
-    return (triton.cdiv(len(rows.k), _block(rows)[0]) * rows.k.shape[1],)
+    return (triton.cdiv(len(rows.k), _block(rows, launch)[0]) * rows.k.shape[1],)
 
 
-def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
-    """The constants that both kernels are compiled for."""
-    tokens, width = _block(rows)
+def _sizes(rows: Rows, form: Form, launch: Launch) -> dict[str, int | bool]:
+    """The constants that a kernel is compiled for."""
+    tokens, width = _block(rows, launch)
     return {
         "H": rows.decay.shape[1],
         "H_KV": rows.k.shape[1],
@@ -434,6 +441,6 @@ def _sizes(rows: Rows, form: Form) -> dict[str, int | bool]:
         "REPEATED": form.value_residual in ("gated_repeated", "low_rank"),
         "BT": tokens,
         "W": width,
-        "STAGES": STAGES,
-        "num_warps": NUM_WARPS,
+        "STAGES": 2,
+        "num_warps": launch.num_warps,
     }

@@ -5,8 +5,11 @@ leave as r^, k^, a^ and b^ of hxa079.md (18), so neither the vectors of single t
 memory. Only where no gradient is asked for: a backward needs the unscaled vectors.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hrwkv.kernels.mix.tiles import (
     LOG2_E,
@@ -23,6 +26,15 @@ from hrwkv.kernels.mix.tiles import (
     store_head,
     sum_row,
 )
+
+
+class Hats(NamedTuple):
+    """r^, k^, a^ and b^ of (18), [NT, H, C, K], zeros past a chunk's tokens."""
+
+    r: Tensor
+    k: Tensor
+    a: Tensor
+    b: Tensor
 
 
 @triton.jit
@@ -51,9 +63,8 @@ def scale_rows(
     """One program per (KV head, chunk).
 
     rows, weights, rope, first: as for ``hrwkv.kernels.mix.fused_mix``, and so are v_out (None: the rows' own)
-    and k_first [T, H_kv, K] (the first layer's). hats: pointers r, k, a, b [NT, H, C, K], zeros past a
-    chunk's tokens; ending [NT, H, K] fp32, the decay of a whole chunk; own [NT, H, C] fp32, r k of each
-    token; bonus [T, H] fp32 or None.
+    and k_first [T, H_kv, K] (the first layer's). hats: the pointers of ``Hats``. ending [NT, H, K] fp32, the
+    decay of a whole chunk; own [NT, H, C] fp32, r k of each token; bonus [T, H] fp32 or None.
     """
     chunk = (tl.program_id(0) // H_KV).to(tl.int64)
     kv_head = tl.program_id(0) % H_KV

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrwkv.kernels.mix.fused_mix import own_value, select
-from hrwkv.kernels.mix.naive import FirstLayer, Form, Mixed, Rope, Rows, Weights
+from hrwkv.kernels.mix.naive import FirstLayer, Form, Rope, Rows, Weights
 from hrwkv.kernels.tuning import Config, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
-from hrwkv.kernels.wkv7.chunk_mix import scale_rows
+from hrwkv.kernels.wkv7.chunk_mix import Hats, scale_rows
 
 CHUNK = 32
 # What tuning may choose from, the first where nothing is known. 168 registers let a third program of four
@@ -109,7 +109,8 @@ def mixer(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, FirstLayer | None]:
     """Three launches from the rows to y, not differentiable: ``hrwkv.kernels.wkv7.mixer``'s contract."""
-    rows = Rows(*(None if x is None else x.contiguous() for x in rows))
+    contiguous: list[Any] = [None if x is None else x.contiguous() for x in rows]
+    rows = Rows(*contiguous)
     sequences = plan(lengths, cu_seqlens)
     parts, v, bonus, first = _scale_rows(rows, weights, sequences, form=form, rope=rope, first=first)
     y, final, *_ = _walk(
@@ -271,7 +272,7 @@ def _scale_rows(
     own = rows.r.new_empty(square[:3], dtype=torch.float32)
     bonus = None if weights.r_k is None else rows.r.new_empty(rows.r.shape[:2], dtype=torch.float32)
     v = None if read.value is None else torch.empty_like(read.value)
-    k_first = torch.empty_like(rows.k) if starts else None
+    k_first: Any = torch.empty_like(rows.k) if starts else None
     parts = {name: rows.r.new_empty(wide, dtype=dtype) for name in ("w", "r", "b", "k")}
     parts |= {name: rows.r.new_empty(square, dtype=dtype) for name in ("q", "p_rk", "p_rb")}
     parts["m"] = rows.r.new_empty(0, dtype=dtype)
@@ -279,12 +280,12 @@ def _scale_rows(
     if plan.num_chunks:
         with torch.cuda.device_of(rows.r):
             scale_rows[(plan.num_chunks * rows.k.shape[1],)](
-                read._replace(r=rows.r, gate=None),
+                read._replace(r=rows.r),
                 vectors,
                 None if rope is None else tuple(x.contiguous() for x in rope),
                 tuple(None if x is None else x.contiguous() for x in first_read),
                 plan.chunks,
-                Mixed(r=parts["r"], log_decay=None, k=parts["k"], v=None, a=a_hat, b=parts["b"]),
+                Hats(r=parts["r"], k=parts["k"], a=a_hat, b=parts["b"]),
                 v,
                 k_first,
                 parts["decay"],
@@ -380,5 +381,6 @@ def _walk(
         )
 
     if plan.lengths:
-        _tuned(f"wkv7 walk{' backwards' * reverse}", x, WALK, run, size=size, work=plan.num_chunks * heads)
+        name = f"wkv7 walk{' backwards' * reverse}{' gated' * (gate is not None)}"
+        _tuned(name, x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner
