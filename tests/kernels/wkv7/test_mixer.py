@@ -80,6 +80,11 @@ def test_both_ends_of_the_decay_equal_the_definition(logit):
     check(case, (40,))
 
 
+def test_fp16_rows_are_computed_in_fp32():
+    """What is left is the rounding of v and y to 11 bits."""
+    check(make_case(num_tokens=40), (40,), dtype=torch.float16, tolerance=6e-4)
+
+
 def test_rows_may_have_any_strides():
     case = make_case(num_tokens=5)
     rows = case.rows._replace(
