@@ -101,7 +101,7 @@ def test_a_refusal_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
     assert [record.getMessage() for record in caplog.records] == [
         "refused '/v1/completions': 400 unsupported_field 'top\\nq'",
         "refused '/v1/completions': 422 invalid_request_error 'n'",
-        "refused '/v1/completions': 400 invalid_request_error",
+        "refused '/v1/completions': 400 invalid_request_error 'top_p'",
     ]
 
 

@@ -99,6 +99,12 @@ def test_a_form_holds_for_the_answer_only() -> None:
     assert 0 < second < first == 600
 
 
+def test_the_closing_tag_is_none_of_a_clients_stop_texts() -> None:
+    engine, stops = thinker("why", "so"), [str(number) for number in range(16)]
+    assert ask(fake_app(engine), PATH, ASKED | {"reasoning_budget": 9, "stop": stops}).status_code == 200
+    assert engine.requests[0].params.stop == (*stops, "</think>")
+
+
 def test_without_thinking_a_form_needs_one_request() -> None:
     engine = thinker("never", "{}")
     off = {"guided_regex": "[{}]+", "chat_template_kwargs": {"enable_thinking": False}}
@@ -122,7 +128,7 @@ def test_a_demanded_call_comes_after_reasoning() -> None:
     ("fields", "says"),
     [
         ({"reasoning_budget": 5, "n": 2}, "n is 2, expected 1"),
-        ({"reasoning_budget": 5, "stop": [str(number) for number in range(16)]}, "expected at most 16"),
+        ({"reasoning_budget": 5, "stop": [str(number) for number in range(17)]}, "expected at most 16"),
     ],
 )
 def test_refusals(fields: dict[str, Any], says: str) -> None:
