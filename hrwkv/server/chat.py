@@ -91,7 +91,7 @@ async def _submit(body: ChatRequest, service: Service, params: SamplingParams) -
     tokens = await service.encode(rendered.text + prefix, special=False, param="messages")
     if not tokens:
         raise ApiError(400, "the conversation has no tokens: give a message", param="messages")
-    return await service.submit(tokens, params, priority=priority), reading
+    return await service.submit(tokens, params, priority=priority, param="messages"), reading
 
 
 def _with_reasoning(body: ChatRequest, rendered: Rendered, params: SamplingParams) -> tuple[Rendered, bool]:

@@ -104,8 +104,12 @@ def refusing(param: str | None = None) -> Iterator[None]:
     """Turn a ValueError about what the client sent into a 400 about ``param``."""
     try:
         yield
-    except CapacityError as error:
+    except GrammarError as error:  # not about the prompt, and of fields that ask for a form there are several
         raise api_error(error) from error
+    except CapacityError as error:
+        found = api_error(error)
+        found.param = param
+        raise found from error
     except ValueError as error:
         raise ApiError(400, " ".join(str(error).split()), param=param) from error
 

@@ -157,6 +157,7 @@ def test_a_demanded_call_is_opened_and_has_its_form() -> None:
         ({"chat_template": "{{ 1 }}"}, 400, "'chat_template' is not supported"),
         ({"model": "gpt-4"}, 404, "there is no model 'gpt-4' here, expected 'fake'"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"n": 129}, 400, "n is 129, expected at most 128 answers"),
         ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "tokens"),
     ],
 )
@@ -164,6 +165,17 @@ def test_refusals(fields: dict[str, Any], status: int, says: str) -> None:
     response = ask(fake_app(saying("a")), PATH, ASKED | fields)
     assert response.status_code == status
     assert says in response.text
+
+
+@pytest.mark.parametrize("fields", [{}, {"reasoning_budget": 5}])
+@pytest.mark.parametrize("limit", ["server", "engine"])
+def test_a_conversation_that_is_too_long_is_refused_by_its_field(limit: str, fields: dict[str, Any]) -> None:
+    """Clients read ``param``, which was null or another route's."""
+    engine = qwen("a")
+    engine.max_context = 50
+    app = fake_app(engine, **({"max_prompt_tokens": 20} if limit == "server" else {}))
+    error = ask(app, PATH, {"messages": [{"role": "user", "content": "a" * 50}], **fields}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(

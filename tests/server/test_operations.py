@@ -131,3 +131,4 @@ def test_times_and_lengths_are_the_settings() -> None:
     response = ask(app, "/v1/completions", {"prompt": "abcd"})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert "the prompt has 4 tokens, expected at most 3" in response.text
+    assert response.json()["error"]["param"] == "prompt"
