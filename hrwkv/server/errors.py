@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,7 +31,9 @@ TYPES = {
 OTHER_TYPE = "invalid_request_error"
 RETRY_SECONDS = "1"
 # A client's own text comes back in some messages; no more of it than a line holds.
-MAX_MESSAGE, MAX_NAME = 500, 60
+MAX_MESSAGE = 500
+# Of pydantic's error as of the answer.
+UNSUPPORTED = "unsupported_field"
 
 
 class ApiError(HTTPException):
@@ -158,7 +159,9 @@ def _framework_error(request: Request, error: HTTPException) -> ApiError:
 
 def _body_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """One line about the first field that is wrong; one that takes several forms has a complaint of each."""
-    places = [[str(part) for part in error["loc"] if part != "body"] for error in errors]
+    if unsupported := [error for error in errors if error["type"] == UNSUPPORTED]:
+        return _unsupported(unsupported[0])
+    places = [_place(error) for error in errors]
     if errors[0]["type"] == "json_invalid":
         reason = errors[0].get("ctx", {}).get("error", "it cannot be read")
         return ApiError(422, f"the body is not JSON: {reason}")
@@ -175,9 +178,14 @@ def _complaint(error: Mapping[str, Any]) -> str:
     return message[0].lower() + message[1:]
 
 
-def unknown_field(name: str, known: Sequence[str]) -> ApiError:
-    """A field that would change the answer's meaning and is not supported."""
-    name = name[:MAX_NAME]
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "leave it out"
-    return ApiError(400, f"field {name!r} is not supported: {hint}", param=name, code="unsupported_field")
+def _unsupported(error: Mapping[str, Any]) -> ApiError:
+    """A field that would change the answer's meaning and is not supported; see ``schemas.Body``."""
+    name, where = error["ctx"]["name"], _place(error)
+    message = f"{'.'.join(where)}: {error['msg']}" if where else str(error["msg"])
+    return ApiError(400, message, param=where[0] if where else name, code=UNSUPPORTED)
+
+
+def _place(error: Mapping[str, Any]) -> list[str]:
+    """Where in the body, without pydantic's names for the forms that a field may have."""
+    parts = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
+    return [str(part) for part in parts if isinstance(part, int) or part.isidentifier() and part.islower()]

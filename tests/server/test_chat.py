@@ -167,6 +167,34 @@ def test_refusals(fields: dict[str, Any], status: int, says: str) -> None:
     assert says in response.text
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"{x}": 1}, "{x}", "field '{x}' is not supported"),
+        ({"messages": [{"role": "user", "contents": "a"}]}, "messages", "messages.0: field 'contents'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]},
+            "messages",
+            "messages.0.content.0: field 'b' is not supported",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"nam": "f"}}},
+            "tool_choice",
+            "tool_choice.function: field 'nam' is not supported: did you mean name?",
+        ),
+        ({"stream_options": {"usage": True}}, "stream_options", "stream_options: field 'usage'"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_named_with_its_place(
+    fields: dict[str, Any], param: str, says: str
+) -> None:
+    """One inside a message or a tool was named as if it stood at the top."""
+    response = ask(fake_app(saying("a")), PATH, ASKED | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_field", param)
+    assert says in error["message"]
+
+
 @pytest.mark.parametrize("fields", [{}, {"reasoning_budget": 5}])
 @pytest.mark.parametrize("limit", ["server", "engine"])
 def test_a_conversation_that_is_too_long_is_refused_by_its_field(limit: str, fields: dict[str, Any]) -> None:
