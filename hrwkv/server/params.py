@@ -160,12 +160,17 @@ def _grammar(body: Sampling) -> Grammar | None:
     found = [*_response_format(body), *_structured(body)]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
-        raise ApiError(400, f"{names} are both given, expected one of them", param=found[1][0])
+        raise _about(found[1][0], f"{names} are both given, expected one of them")
     for name, grammar in found:
         if len(grammar.text) > MAX_GRAMMAR:
             message = f"{name} has {len(grammar.text)} characters, expected at most {MAX_GRAMMAR}"
-            raise ApiError(400, message, param=name)
+            raise _about(name, message)
     return found[0][1] if found else None
+
+
+def _about(name: str, message: str) -> ApiError:
+    """A refusal of a field, or of one inside it: ``field.inner``."""
+    return ApiError(400, message, param=name.partition(".")[0])
 
 
 def _response_format(body: Sampling) -> list[tuple[str, Grammar]]:
@@ -191,9 +196,12 @@ def _structured(body: Sampling) -> list[tuple[str, Grammar]]:
     ]
     if outputs is not None:
         whole = {"type": "object"} if outputs.json_object else None
-        inner = (outputs.json_, whole, outputs.regex, outputs.grammar, outputs.choice)
-        kinds = ("json", "json", "regex", "grammar", "choice")
-        given += [("structured_outputs", kind, value) for kind, value in zip(kinds, inner, strict=True)]
+        inner = {"json": outputs.json_, "json_object": whole, "regex": outputs.regex}
+        inner |= {"grammar": outputs.grammar, "choice": outputs.choice}
+        given += [
+            (f"structured_outputs.{name}", name.removesuffix("_object"), value)
+            for name, value in inner.items()
+        ]
     return [(name, _as_grammar(name, kind, value)) for name, kind, value in given if value is not None]
 
 
@@ -205,5 +213,5 @@ def _as_grammar(name: str, kind: str, value: Any) -> Grammar:
     if kind == "grammar":
         return Grammar("lark", value)
     if not value or not all(value):
-        raise ApiError(400, f"{name} has no choice or an empty one, expected texts", param=name)
+        raise _about(name, f"{name} has no choice or an empty one, expected texts")
     return Grammar("lark", "start: " + " | ".join(json.dumps(choice) for choice in value))

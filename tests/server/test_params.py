@@ -135,3 +135,18 @@ def test_the_models_own_stops_take_none_of_a_clients(own: int, given: int, fits:
     with pytest.raises(ApiError, match="stop has 17 texts, expected at most 16") as caught:
         chat_params(body, defaults, vocab_size=100)
     assert caught.value.param == "stop"
+
+
+@pytest.mark.parametrize(
+    ("forms", "says"),
+    [
+        ({"json": {}, "regex": "a"}, "structured_outputs.json and structured_outputs.regex are both given"),
+        ({"choice": []}, "structured_outputs.choice has no choice"),
+        ({"regex": "a" * (2**17 + 1)}, "structured_outputs.regex has 131073 characters"),
+    ],
+)
+def test_a_form_that_is_wrong_is_named_with_its_kind(forms: dict[str, Any], says: str) -> None:
+    """Two of them were "structured_outputs and structured_outputs"."""
+    with pytest.raises(ApiError, match=says) as caught:
+        chat_params(chat(structured_outputs=forms), Defaults(), vocab_size=100)
+    assert caught.value.param == "structured_outputs"
