@@ -196,7 +196,7 @@ def _structured(body: Sampling) -> list[tuple[str, Grammar]]:
     ]
     if outputs is not None:
         whole = {"type": "object"} if outputs.json_object else None
-        inner = {"json": outputs.json_, "json_object": whole, "regex": outputs.regex}
+        inner: dict[str, Any] = {"json": outputs.json_, "json_object": whole, "regex": outputs.regex}
         inner |= {"grammar": outputs.grammar, "choice": outputs.choice}
         given += [
             (f"structured_outputs.{name}", name.removesuffix("_object"), value)

@@ -52,8 +52,10 @@ class ServeSettings:
         require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         require(self.model_name != "", "model_name", self.model_name, "a name, or left out")
         require(self.api_key_env != "", "api_key_env", self.api_key_env, "a variable's name, or left out")
-        both = (self.tls_certificate is None) == (self.tls_key is None)
-        require(both, "tls_certificate, tls_key", self._tls(), "both or neither")
+        pair = {"tls_certificate": self.tls_certificate, "tls_key": self.tls_key}
+        for name, other in (pair, reversed(pair)):
+            alone = pair[name] is None and pair[other] is not None
+            require(not alone, name, None, f"a PEM file as for {other}, or neither of them")
         for name in ("max_body_bytes", "max_choices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         limit = self.max_prompt_tokens
@@ -62,6 +64,3 @@ class ServeSettings:
         require(0 < seconds < float("inf"), "request_seconds", seconds, "more than 0")
         seconds = self.shutdown_seconds
         require(0 <= seconds < float("inf"), "shutdown_seconds", seconds, "0 or more")
-
-    def _tls(self) -> tuple[str | None, ...]:
-        return tuple(None if path is None else str(path) for path in (self.tls_certificate, self.tls_key))
