@@ -29,7 +29,7 @@ class ServerModel:
     def open(
         cls, url: str, *, settings: SamplingSettings, no_reasoning: bool, api_key_file: Path | None
     ) -> ServerModel:
-        """Ask the server at ``url`` (with or without /v1) for its model.
+        """Ask the server at ``url`` (with or without /v1 and the route) for its model.
 
         Raises ValueError if it cannot be reached, refuses, or has none.
         """
@@ -39,7 +39,8 @@ class ServerModel:
         headers = {"Content-Type": "application/json"}
         if api_key_file is not None:
             headers["Authorization"] = f"Bearer {_first_line(api_key_file)}"
-        server = cls(url.rstrip("/").removesuffix("/v1"), headers, {})
+        base = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        server = cls(base, headers, {})
         with server._request("/v1/models") as response:
             models = _json(response.read(), url).get("data")
         if not models:
@@ -68,12 +69,16 @@ class ServerModel:
         if "seed" in body:
             body["seed"] += attempt
         with self._request("/v1/chat/completions", body) as response:
+            line = b""
             try:
-                for line in response:
+                for line in filter(bytes.strip, response):
                     if line.startswith(b"data: {"):
                         yield from _pieces(_json(line[len(b"data: ") :], self.url))
             except (OSError, HTTPException) as error:
                 raise ValueError(f"{self.url} broke off in the answer ({error})") from error
+        # To http.client a body that is cut off between two chunks is whole.
+        if line.strip() != b"data: [DONE]":
+            raise ValueError(f"{self.url} broke off in the answer, which has no end")
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()

@@ -18,6 +18,7 @@ def as_flags(message: str, *, flags: Collection[str], words: Sequence[str]) -> s
     """
     typed = [word.partition("=")[0] for word in words if word.startswith("--")]
     known = typed if "--recipe" in typed or words[:1] == ["demo"] else flags
+    known = [flag for flag in known if not flag.startswith("--no-")]  # no field's name
 
     def spell(name: re.Match[str]) -> str:
         if name[0] in words:  # a file of that name

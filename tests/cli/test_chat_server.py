@@ -81,10 +81,11 @@ def opened(
     )
 
 
-def test_an_answer_is_read_as_it_streams(stub: Stub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["", "/v1/", "/v1/chat/completions"])
+def test_an_answer_is_read_as_it_streams(ending: str, stub: Stub, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("# mine\nsecret\n")
-    stub.url += "/v1/"
+    stub.url += ending
     server = opened(stub, key=key, seed=5, top_k=4, stop=("##",), no_reasoning=True)
     stub.answer = stream(
         {"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "\u20ac"}
@@ -123,6 +124,9 @@ def test_refusals_and_broken_answers_are_told(stub: Stub) -> None:
     stub.status, stub.answer = 200, stream({"content": "a"}, end=b'data: {"error": {"message": "fire"}}\n\n')
     with pytest.raises(ValueError, match="broke off: fire"):
         list(server.answer([], attempt=0))
+    stub.answer = stream({"content": "a"}, end=b"")
+    with pytest.raises(ValueError, match="broke off in the answer, which has no end"):
+        list(server.answer([], attempt=0))
     stub.answer = b"data: {nonsense\n\n"
     with pytest.raises(ValueError, match="is no JSON"):
         list(server.answer([], attempt=0))
@@ -135,6 +139,8 @@ def test_servers_that_are_none_are_told(stub: Stub, run: Run, tmp_path: Path) ->
         return done.err
 
     assert "does not answer" in line("http://127.0.0.1:1")
+    for name in ("127.0.0.1:8000", "localhost:8000/v1"):
+        assert f"{name} is no directory; if it is a server, give its URL: http://{name}" in line(name)
     assert "--dtype and --device are for a directory" in line(stub.url, "--device", "cpu")
     (tmp_path / "empty").write_text("\n")
     assert "empty holds no key" in line(stub.url, "--api-key-file", tmp_path / "empty")

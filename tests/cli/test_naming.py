@@ -4,7 +4,7 @@ import pytest
 
 from hrwkv.cli.naming import as_flags
 
-SERVE = ["MODEL", "*", "--port", "--max-sequences", "--step-tokens", "--tokens"]
+SERVE = ["MODEL", "*", "--port", "--max-sequences", "--step-tokens", "--tokens", "--no-thought"]
 DISTILL = [
     "--data.context-length",
     *(f"--stage{n}.{f}" for n in (1, 2) for f in ("tokens", "context-length")),
@@ -22,6 +22,7 @@ DISTILL = [
         ("port is 7, expected one of: port, tokens", "--port is 7, expected one of: port, tokens"),
         ("the cache is too small: lower step_tokens", "the cache is too small: lower --step-tokens"),
         ("kl_weight is 0", "kl_weight is 0"),
+        ("there is no template named no_thought", "there is no template named no_thought"),
         ("a/max_sequences has no 'step_tokens' in step_tokens.txt", None),
         ("use --step_tokens or step_tokens=8 or max_sequences/x", None),
     ],
