@@ -156,10 +156,12 @@ def fake_app(engine: FakeEngine, *, api_keys: Sequence[str] = (), **settings: An
     return create_app(fake_service(engine, **settings), api_keys=api_keys)
 
 
-def ask(app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> httpx2.Response:
+def ask(
+    app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None, method: str = ""
+) -> httpx2.Response:
     """One request without a socket; a body that is not bytes is sent as JSON, NaN and half characters too."""
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    method = "GET" if content is None else "POST"
+    method = method or ("GET" if content is None else "POST")
     kind = {} if content is None else {"Content-Type": "application/json"}
 
     async def send() -> httpx2.Response:

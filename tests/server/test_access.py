@@ -45,7 +45,8 @@ def test_keys_guard_everything(path: str) -> None:
 
 def test_probes_need_no_key() -> None:
     app = fake_app(engine(), api_keys=KEYS)
-    assert [ask(app, path).status_code for path in ("/health", "/ready")] == [200, 200]
+    probes = [ask(app, path, method=method) for path in ("/health", "/ready") for method in ("GET", "HEAD")]
+    assert [probe.status_code for probe in probes] == [200] * 4
     assert ask(app, COMPLETIONS, {"prompt": "a"}).status_code == 401
 
 
