@@ -114,6 +114,8 @@ class ReasonedAnswer:
 
 async def submit(service: Service, plan: Plan) -> Answer:
     """The plan's answer. Raises like ``Service.submit``."""
+    if plan.params.grammar is not None:  # now, and not when the reasoning is written
+        await service.check_form(plan.params.grammar)
     with refusing("stop"):
         params = plan.first()
     prompt = await service.encode(plan.prompt.text, special=False, param="messages")

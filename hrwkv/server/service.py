@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from hrwkv.engine.request import Event, SamplingParams
+from hrwkv.engine.request import Event, Grammar, SamplingParams
 from hrwkv.server.errors import ApiError, refusing
 from hrwkv.server.params import Defaults
 from hrwkv.server.template import ChatFormat
@@ -141,6 +141,11 @@ class Service:
         with refusing(param):
             # Making a grammar may take long, and other threads than the tokenizer's may wait for it.
             return submit() if params.grammar is None else await asyncio.to_thread(submit)
+
+    async def check_form(self, grammar: Grammar) -> None:
+        """Raise ApiError 400 for a form that no answer could have."""
+        with refusing():
+            await asyncio.to_thread(self.engine.check_grammar, grammar)
 
     def check_length(self, tokens: int, param: str = "prompt") -> None:
         """Raise ApiError 400 for a prompt of so many tokens, if it is too long."""

@@ -19,6 +19,8 @@ from hrwkv.engine.request import (
     CapacityError,
     EngineError,
     Event,
+    Grammar,
+    GrammarError,
     QueueFullError,
     SamplingParams,
     TokenLogprob,
@@ -33,7 +35,7 @@ CHAT = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-NAME = "fake"
+NAME, WRONG = "fake", "("
 
 
 def byte_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
@@ -130,6 +132,10 @@ class FakeEngine:
                     finish_reason=self.finish if is_last else None,
                     stop_reason=stop,
                 )
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        if grammar.text == WRONG:
+            raise GrammarError("the form is wrong")
 
     def stats(self) -> Any:
         names = "queued running prompt_tokens generated_tokens preempted kv_blocks_used kv_blocks_total"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hrwkv.engine.request import SamplingParams
-from tests.server.fakes import FakeEngine, ask, byte_tokenizer, events, fake_app
+from tests.server.fakes import WRONG, FakeEngine, ask, byte_tokenizer, events, fake_app
 from tests.server.test_chat import ASKED, CALL, PATH, folded
 from tests.server.test_template import TOOL
 
@@ -103,6 +103,15 @@ def test_the_closing_tag_is_none_of_a_clients_stop_texts() -> None:
     engine, stops = thinker("why", "so"), [str(number) for number in range(16)]
     assert ask(fake_app(engine), PATH, ASKED | {"reasoning_budget": 9, "stop": stops}).status_code == 200
     assert engine.requests[0].params.stop == (*stops, "</think>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_is_wrong_is_refused_before_any_reasoning(stream: bool) -> None:
+    """It was an error behind the reasoning, minutes later."""
+    engine = thinker("why ", "never", stops=("</think>",))
+    response = ask(fake_app(engine), PATH, ASKED | {"guided_regex": WRONG, "stream": stream})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "grammar_failed")
+    assert engine.requests == []
 
 
 def test_without_thinking_a_form_needs_one_request() -> None:
