@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hrwkv.cli.generate import Piece, SamplingSettings
 
 # A server that is silent for so long has gone.
 SILENCE_SECONDS = 600.0
+KEY_ASKED = "give --api-key-file with a file that has one of its keys"
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,21 @@ class ServerModel:
         try:
             response: HTTPResponse = urllib.request.urlopen(request, timeout=SILENCE_SECONDS)
         except urllib.error.HTTPError as error:
-            raise ValueError(f"{self.url} refuses with {error.code}: {_refusal(error)}") from error
+            reason = KEY_ASKED if error.code == 401 else _refusal(error)
+            raise ValueError(f"{self.url} refuses with {error.code}: {reason}") from error
         except (OSError, HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise ValueError(f"{self.url} does not answer ({reason}): is the server running?") from error
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise ValueError(f"{self.url} does not answer ({cause}): {_advice(cause)}") from error
         return response
+
+
+def _advice(cause: object) -> str:
+    """What to do about a server that does not answer."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "put the file of its certificate, or of who signed it, into the variable SSL_CERT_FILE"
+    if isinstance(cause, ssl.SSLError):
+        return "does it speak http:// only?"
+    return "is it https:// that it speaks?" if isinstance(cause, HTTPException) else "is the server running?"
 
 
 def _pieces(event: dict[str, Any]) -> Iterator[Piece]:

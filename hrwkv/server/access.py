@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hrwkv.server.errors import ApiError
+from hrwkv.server.errors import ApiError, refusal
 from hrwkv.server.metrics import Metrics
 from hrwkv.server.service import Service
 
@@ -56,7 +56,7 @@ class Gate:
         try:
             self._check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, counting_send)
+            await refusal(scope["path"], error)(scope, receive, counting_send)
             return
         try:
             await self._app(scope, self._limited(receive), counting_send)

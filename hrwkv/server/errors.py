@@ -115,26 +115,31 @@ def refusing(param: str | None = None) -> Iterator[None]:
         raise ApiError(400, " ".join(str(error).split()), param=param) from error
 
 
+def refusal(path: str, error: ApiError) -> Response:
+    """The answer, and its line in the log.
+
+    Without its message, where a client's own text may stand; path and field are theirs too, so quoted.
+    """
+    reason = error.code or TYPES.get(error.status_code, OTHER_TYPE)
+    about = f" {error.param!r}" if error.param else ""
+    logger.info("refused %r: %d %s%s", path, error.status_code, reason, about)
+    return error.response()
+
+
 def install(app: FastAPI) -> None:
     """Make every error of the app an ApiError's answer."""
 
-    def answer(request: Request, error: ApiError) -> Response:
-        # Not its message, where a client's own text may stand; path and field are theirs too, so quoted.
-        reason = error.code or TYPES.get(error.status_code, OTHER_TYPE)
-        about = f" {error.param!r}" if error.param else ""
-        logger.info("refused %r: %d %s%s", request.url.path, error.status_code, reason, about)
-        return error.response()
-
     async def refuse(request: Request, error: Exception) -> Response:
-        return answer(request, api_error(error))
+        return refusal(request.url.path, api_error(error))
 
     async def refuse_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return answer(request, error if isinstance(error, ApiError) else _framework_error(request, error))
+        own = error if isinstance(error, ApiError) else _framework_error(request, error)
+        return refusal(request.url.path, own)
 
     async def refuse_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return answer(request, _body_error(error.errors()))
+        return refusal(request.url.path, _body_error(error.errors()))
 
     app.add_exception_handler(EngineError, refuse)
     app.add_exception_handler(CapacityError, refuse)

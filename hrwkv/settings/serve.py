@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,10 @@ class ServeSettings:
         for name, other in (pair, reversed(pair)):
             alone = pair[name] is None and pair[other] is not None
             require(not alone, name, None, f"a PEM file as for {other}, or neither of them")
+        for origin in self.cors_origins:
+            # Compared letter by letter with what browsers send, which has no path.
+            good = re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin)
+            require(good is not None, "cors_origins", origin, "like https://chat.example.org, without a path")
         for name in ("max_body_bytes", "max_choices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         limit = self.max_prompt_tokens

@@ -2,17 +2,19 @@
 
 import io
 import json
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.client import RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hrwkv.cli.chat_server import ServerModel
+from hrwkv.cli.chat_server import ServerModel, _advice
 from hrwkv.cli.generate import Piece, SamplingSettings
 from tests.cli.conftest import Run
 
@@ -130,6 +132,19 @@ def test_refusals_and_broken_answers_are_told(stub: Stub) -> None:
     stub.answer = b"data: {nonsense\n\n"
     with pytest.raises(ValueError, match="is no JSON"):
         list(server.answer([], attempt=0))
+
+
+def test_a_server_that_wants_a_key_or_speaks_otherwise_is_told(stub: Stub) -> None:
+    """Its answer says what to do in HTTP, and the library's reason nothing to a user."""
+    server = opened(stub)
+    stub.status, stub.answer = 401, b'{"error": {"message": "send Authorization: Bearer KEY"}}'
+    with pytest.raises(ValueError, match="refuses with 401: give --api-key-file"):
+        next(server.answer([], attempt=0))
+    stub.url = stub.url.replace("http:", "https:")
+    with pytest.raises(ValueError, match="does not answer .*: does it speak http:// only"):
+        opened(stub)
+    assert "SSL_CERT_FILE" in _advice(ssl.SSLCertVerificationError())
+    assert "https" in _advice(RemoteDisconnected())
 
 
 def test_servers_that_are_none_are_told(stub: Stub, run: Run, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def test_a_port_in_use_is_one_line(files: Files, run: Run) -> None:
         ),
         (["--tls-key", "empty.txt", "--tls-certificate", "empty.txt"], "empty.txt do not open"),
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--cors-origins", "a.example"], "--cors-origins is 'a.example', expected like https://chat.exam"),
+        (["--cors-origins", "https://a.example/"], "'https://a.example/', expected like"),
         (["--request-seconds", "0"], "--request-seconds is 0.0, expected more than 0"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid port 8000"),
     ],
