@@ -64,7 +64,11 @@ def chat(
 
 
 class Speaker(Protocol):
-    """Whoever answers."""
+    """Whoever answers, in so many tokens at most."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
 
     def answer(self, messages: list[Message], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes; ``attempt`` numbers the answers. Raises ValueError if there is none."""
@@ -82,6 +86,11 @@ class LocalModel:
         """Raises ValueError for a directory that does not open or has no such template."""
         writer = Writer.open(path, settings)
         return cls(writer, _chat_template(writer.tokenizer, path, no_reasoning=no_reasoning))
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
+        return self.writer.sampling.max_new_tokens
 
     def answer(self, messages: list[Message], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes. Raises ValueError if the template refuses the conversation."""
@@ -169,6 +178,8 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         if self._display.console.is_terminal and piece.num_tokens:
             self._display.line(rate(piece.num_tokens, first - started, time.monotonic() - first), "dim")
+            if piece.num_tokens >= self._speaker.max_tokens:
+                self._display.line(f"cut off: --max-tokens is {self._speaker.max_tokens}", "dim")
 
     def _show(self, piece: Piece) -> None:
         """Reasoning is dim; the answer goes out as it is, tabs included, but commands a terminal nothing."""

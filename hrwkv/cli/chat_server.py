@@ -60,6 +60,11 @@ class ServerModel:
         given = {name: value for name, value in fields.items() if value is not None}
         return cls(server.url, headers, given)
 
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
+        return int(self.fields["max_tokens"])
+
     def answer(self, messages: list[dict[str, str]], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes; the last piece has the tokens. Raises ValueError for a refusal."""
         body = {

@@ -24,7 +24,7 @@ class ServeSettings:
     api_key_env: str | None = None
     """Name of an environment variable that holds an API key."""
     tls_certificate: Path | None = None
-    """PEM file of the certificate (chain); with it and tls_key the server speaks HTTPS only."""
+    """PEM file of the certificate (chain); with it and --tls-key the server speaks HTTPS only."""
     tls_key: Path | None = None
     """PEM file of the certificate's private key."""
     cors_origins: tuple[str, ...] = ()

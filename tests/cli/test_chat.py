@@ -20,6 +20,8 @@ from tests.cli.conftest import Files, Run, byte_tokenizer
 class Script:
     """Says the next of its answers, each a list of pieces, and keeps what it was asked."""
 
+    max_tokens = 8
+
     def __init__(self, *answers: list[Piece | BaseException]) -> None:
         self.answers, self.heard, self.attempts = iter(answers), [], []
 
@@ -227,6 +229,13 @@ def test_nobody_is_asked_where_there_is_nothing_to_lose(
     assert not [shown for shown in (piped, empty, saved, loaded, forgotten) if ASKED in shown]
     _, grown = typed(plain("B"), [f"/load {path}", "2", "/exit"], monkeypatch)
     assert ASKED in grown
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(7, False), (8, True)])
+def test_an_answer_that_is_cut_off_says_so(tokens: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in the middle of a sentence as if the model had meant it."""
+    _, shown = talk(Script([Piece("so", tokens)]), ["1"], monkeypatch, terminal=True)
+    assert ("cut off: --max-tokens is 8" in shown) == told
 
 
 def test_an_answer_commands_a_terminal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
