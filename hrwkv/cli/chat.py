@@ -143,7 +143,10 @@ class Conversation:
             sys.stdout.write("\n")
 
     def _complain(self, error: Exception) -> None:
-        self._display.line(" ".join(str(error).split()), "red")
+        line = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename:
+            line = f"{error.filename}: {error.strerror}"
+        self._display.line(line, "red")
 
     def _command(self, name: str, argument: str) -> None:
         """Raises ValueError for a name that is none, and for an argument too few or too many."""
@@ -151,6 +154,7 @@ class Conversation:
         plain = {"/reset": self._reset, "/regenerate": self._regenerate, "/help": self._help}
         if name == "/system":
             self._set_system(argument)
+            self._display.line(f"instruction: {argument}" if argument else "no instruction", "dim")
         elif name in with_file:
             if not argument:
                 raise ValueError(f"{name} needs a file: {name} FILE")
@@ -196,6 +200,7 @@ class Conversation:
         self._answer(self.messages[:-1])
 
     def _reset(self) -> None:
+        self._display.line(f"{len(self.messages) - len(self._start)} messages forgotten", "dim")
         self.messages = list(self._start)
 
     def _help(self) -> None:
@@ -210,6 +215,8 @@ class Conversation:
     def _save(self, path: Path) -> None:
         if path.exists():
             read_conversation(path)  # nothing but an older conversation is written over
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is no directory: make it first, or save elsewhere")
         beside = path.with_name(f"{path.name}.part")
         beside.write_text(json.dumps({"messages": self.messages}, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, path)

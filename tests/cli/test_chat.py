@@ -70,7 +70,7 @@ def test_it_keeps_forgets_and_regenerates(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert script.attempts == [0, 1, 2, 3]
     assert [message["content"] for message in conversation.messages] == ["brief", "three", "D"]
-    assert shown.split("ends.\n")[1] == "> A\n> > B\n> C\n> > D\n> "
+    assert shown.split("ends.\n")[1] == "> A\n> > B\n> C\n> 4 messages forgotten\n> D\n> "
 
 
 def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,9 @@ def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
     script = plain("A", "B", "C")
-    talk(script, ["1", "/system be loud", "2", "/reset", "3", "/system"], monkeypatch)
+    _, shown = talk(script, ["1", "/system be loud", "2", "/reset", "3", "/system"], monkeypatch)
+    assert "> instruction: be loud\n> B\n" in shown
+    assert shown.endswith("> no instruction\n> ")
     assert script.heard == [["1"], ["be loud", "1", "A", "2"], ["be loud", "3"]]
 
 
@@ -116,7 +118,8 @@ def test_save_writes_over_nothing_else_and_load_takes_nothing_else(
     assert notes.read_text() == "mine"
     assert shown.count("notes.txt is no conversation that /save has written") == 2
     assert "expected a role and a text" in shown
-    assert shown.count("No such file or directory") == 2
+    assert f"{path}: No such file or directory\n" in shown
+    assert f"{path} is no directory: make it first" in shown
     assert script.heard[1] == ["1", "A", "2"]
 
 
