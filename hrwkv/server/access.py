@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hrwkv.server.errors import ApiError, refusal
 from hrwkv.server.metrics import Metrics
 from hrwkv.server.service import Service
+from hrwkv.server.stream import DONE, EVENTS, event
 
 logger = logging.getLogger(__name__)
 # Probes have no key.
@@ -44,12 +45,13 @@ class Gate:
             # Only known paths are labels: what clients make up must not fill the memory.
             self._metrics.count(getattr(scope.get("route"), "path", "other"), status)
 
-        is_begun = False
+        is_begun = is_stream = False
 
         async def counting_send(message: Message) -> None:
-            nonlocal is_begun
+            nonlocal is_begun, is_stream
             if message["type"] == "http.response.start":
                 is_begun = True
+                is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENTS)
                 count(message["status"])
             await send(message)
 
@@ -67,6 +69,9 @@ class Gate:
             logger.warning("cut off an answer of %s: the server stops", scope["path"])
             if not is_begun:
                 await _stopping().response()(scope, receive, counting_send)
+            elif is_stream:
+                end = event(_stopping().body()) + DONE
+                await counting_send({"type": "http.response.body", "body": end})
         except Exception:
             count(500)  # Starlette answers it outside of here
             raise
