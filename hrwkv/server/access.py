@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = {"/health", "/ready"}
 # For a whole body to come.
 BODY_SECONDS = 60.0
+# For what is left of a body that is refused.
+DRAIN_SECONDS = 2.0
 
 
 class Gate:
@@ -58,6 +61,7 @@ class Gate:
         try:
             self._check(scope)
         except ApiError as error:
+            await _drain(scope, receive)
             await refusal(scope["path"], error)(scope, receive, counting_send)
             return
         try:
@@ -118,6 +122,19 @@ class Gate:
     def _too_large(self, came: str) -> ApiError:
         limit = self._service.settings.max_body_bytes
         return ApiError(413, f"the body has {came}, expected at most {limit}", code="body_too_large")
+
+
+async def _drain(scope: Scope, receive: Receive) -> None:
+    """Drop a body that still comes, for a while: many clients read no answer before they have sent it all.
+
+    One that waits for leave to send is not given it.
+    """
+    if "expect" in Headers(scope=scope):
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _stopping() -> ApiError:
