@@ -16,6 +16,7 @@ from hrwkv.cli.generate import Piece, SamplingSettings
 
 # A server that is silent for so long has gone.
 SILENCE_SECONDS = 600.0
+LONGER = "; here: a lower --max-tokens, or /reset"
 KEY_ASKED = "give --api-key-file with a file that has one of its keys"
 
 
@@ -126,8 +127,10 @@ def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
 def _refusal(error: urllib.error.HTTPError) -> str:
     """The message of a refusal in OpenAI's form, or its standard phrase."""
     try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError):
+        found = json.loads(error.read())["error"]
+        is_full = found.get("code") == "context_length_exceeded"
+        return str(found["message"]) + (LONGER if is_full else "")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return str(error.reason)
 
 

@@ -120,6 +120,13 @@ def test_refusals_and_broken_answers_are_told(stub: Stub) -> None:
     stub.status, stub.answer = 429, b'{"error": {"message": "the line is full"}}'
     with pytest.raises(ValueError, match="refuses with 429: the line is full"):
         next(server.answer([], attempt=0))
+    for error, says in (
+        ('"no"', "Too Many"),
+        ('{"message": "long", "code": "context_length_exceeded"}', "/reset"),
+    ):
+        stub.answer = b'{"error": %s}' % error.encode()
+        with pytest.raises(ValueError, match=f"refuses with 429: .*{says}"):
+            next(server.answer([], attempt=0))
     stub.answer = b"<html>"
     with pytest.raises(ValueError, match="refuses with 429: Too Many Requests"):
         next(server.answer([], attempt=0))

@@ -62,6 +62,13 @@ def test_mistakes_are_one_line(
     assert says in outcome.err
 
 
+def test_a_directory_without_a_model_is_one_line(run: Run, tmp_path: Path) -> None:
+    """The tokenizer was missed in it, which is not what is wrong."""
+    outcome = run("serve", tmp_path, "--port", "0")
+    assert outcome.code == 2
+    assert outcome.err == f"hrwkv: {tmp_path} has no config.json: give the directory of a model\n"
+
+
 def test_a_missing_extra_is_one_line(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # The import below makes the package anew and hangs it into its parent: other tests want the old one back.
     monkeypatch.setattr(hrwkv, "server", hrwkv.server)

@@ -39,7 +39,7 @@ def test_an_answer() -> None:
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello"},
+            "message": {"role": "assistant", "content": "Hello", "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
@@ -80,7 +80,9 @@ def test_each_choice_has_its_role_and_end() -> None:
 
 def test_logprobs_are_of_every_token() -> None:
     body = ASKED | {"logprobs": True, "top_logprobs": 2}
-    content = ask(fake_app(saying("ab")), PATH, body).json()["choices"][0]["logprobs"]["content"]
+    logprobs = ask(fake_app(saying("ab")), PATH, body).json()["choices"][0]["logprobs"]
+    content = logprobs["content"]
+    assert logprobs == {"content": content, "refusal": None}
     assert [(entry["token"], entry["logprob"], entry["bytes"]) for entry in content] == [
         ("a", -0.64, [97]),
         ("b", -0.65, [98]),
@@ -119,7 +121,7 @@ def test_content_is_null_beside_a_call_alone() -> None:
 
 def test_without_tools_a_call_is_text() -> None:
     message = ask(fake_app(saying(CALL, template=HERMES)), PATH, ASKED).json()["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": CALL}
+    assert message == {"role": "assistant", "content": CALL, "refusal": None}
 
 
 def test_one_call_at_a_time() -> None:
