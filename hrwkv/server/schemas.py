@@ -162,6 +162,8 @@ class FunctionCall(Body):
 
     name: str
     arguments: str | Json = ""
+    # Beside them in what OpenAI's parse() gives.
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
@@ -187,6 +189,7 @@ class Message(Body):
     # A client that sends an answer back as it came sends these too.
     annotations: Any = None
     refusal: Any = None
+    parsed: Any = None
 
 
 class Function(Body):

@@ -130,6 +130,20 @@ def test_one_call_at_a_time() -> None:
     assert len(message["tool_calls"]) == 1
 
 
+def test_an_answer_may_go_back_as_openais_client_has_it() -> None:
+    """What its parse() gives was refused for the fields that it adds, where it is to be appended as it is."""
+    engine = saying("so", template=HERMES)
+    call = {"name": "f", "arguments": '{"x": 1}', "parsed_arguments": {"x": 1}}
+    answer = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "parsed": {"y": 2}}
+    answer |= {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": call}]}
+    result = {"role": "tool", "tool_call_id": "c", "content": "2"}
+    body = {"messages": [*ASKED["messages"], answer, result], "tools": [TOOL]}
+    assert ask(fake_app(engine), PATH, body).status_code == 200
+    assert engine.tokenizer.decode(engine.requests[0].prompt).endswith(
+        'assistant: <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\ntool: 2\n'
+    )
+
+
 def test_a_demanded_call_is_opened_and_has_its_form() -> None:
     engine = saying('{"name": "f", ', '"arguments": {}}', template=HERMES)
     body = ASKED | {"tools": [TOOL], "tool_choice": "required"}
