@@ -29,6 +29,7 @@ from hrwkv.engine.request import (
     EngineError,
     Event,
     FinishReason,
+    Grammar,
     QueueFullError,
     SamplingParams,
     TokenLogprob,
@@ -169,6 +170,10 @@ class Engine:
             self._arriving.append(job)
             self._changed.notify()
         return request
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raise what ``submit`` would for such a form of an answer: GrammarError, ValueError."""
+        self._intake.grammars.compile(grammar)
 
     def generate(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[Answer]:
         """Whole answers in the order of the prompts, n in a row for each; waits for all.

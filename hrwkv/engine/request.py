@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
-MAX_LOGPROBS, MAX_CHOICES, MAX_STOPS = 20, 128, 16
+# Stop texts: a client's, the model's own, and the tag that closes its reasoning.
+MAX_LOGPROBS, MAX_CHOICES, MAX_STOPS = 20, 128, 64
 
 
 class EngineError(RuntimeError):

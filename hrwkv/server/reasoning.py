@@ -103,7 +103,7 @@ class ReasonedAnswer:
         # Before requests that have not begun: its reader is already reading.
         left = self._service.settings.request_seconds - (time.monotonic() - self._started)
         self._request = await self._service.submit(
-            prompt, params, priority=plan.priority - 1, seconds=max(left, SOON)
+            prompt, params, priority=plan.priority - 1, seconds=max(left, SOON), param="messages"
         )
         if self._cancelled:
             self._request.cancel()
@@ -114,8 +114,10 @@ class ReasonedAnswer:
 
 async def submit(service: Service, plan: Plan) -> Answer:
     """The plan's answer. Raises like ``Service.submit``."""
+    if plan.params.grammar is not None:  # now, and not when the reasoning is written
+        await service.check_form(plan.params.grammar)
     with refusing("stop"):
         params = plan.first()
-    prompt = await service.encode(plan.prompt.text, special=False)
-    first = await service.submit(prompt, params, priority=plan.priority)
+    prompt = await service.encode(plan.prompt.text, special=False, param="messages")
+    first = await service.submit(prompt, params, priority=plan.priority, param="messages")
     return ReasonedAnswer(service, plan, first=first)

@@ -30,7 +30,7 @@ class EngineSettings:
     memory_fraction: float = 0.9
     """Part of a GPU's memory that weights, caches and one forward may take together."""
     cache_bytes: int | None = None
-    """Bytes of states, keys and values; left out, what memory_fraction leaves, or 1 GiB without a GPU."""
+    """Bytes of states, keys and values; left out, what --memory-fraction leaves, or 1 GiB without a GPU."""
     swap_bytes: int = 4 * 2**30
     """Host memory for sequences that were put aside; one that finds no room there is computed again."""
     max_waiting: int = 4096

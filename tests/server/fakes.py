@@ -19,6 +19,8 @@ from hrwkv.engine.request import (
     CapacityError,
     EngineError,
     Event,
+    Grammar,
+    GrammarError,
     QueueFullError,
     SamplingParams,
     TokenLogprob,
@@ -33,7 +35,7 @@ CHAT = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-NAME = "fake"
+NAME, WRONG = "fake", "("
 
 
 def byte_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
@@ -131,6 +133,10 @@ class FakeEngine:
                     stop_reason=stop,
                 )
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        if grammar.text == WRONG:
+            raise GrammarError("the form is wrong")
+
     def stats(self) -> Any:
         names = "queued running prompt_tokens generated_tokens preempted kv_blocks_used kv_blocks_total"
         more = "state_slots_used state_slots_total state_bytes kv_bytes"
@@ -156,10 +162,12 @@ def fake_app(engine: FakeEngine, *, api_keys: Sequence[str] = (), **settings: An
     return create_app(fake_service(engine, **settings), api_keys=api_keys)
 
 
-def ask(app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> httpx2.Response:
+def ask(
+    app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None, method: str = ""
+) -> httpx2.Response:
     """One request without a socket; a body that is not bytes is sent as JSON, NaN and half characters too."""
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    method = "GET" if content is None else "POST"
+    method = method or ("GET" if content is None else "POST")
     kind = {} if content is None else {"Content-Type": "application/json"}
 
     async def send() -> httpx2.Response:

@@ -223,6 +223,10 @@ def test_an_answer_after_a_cut_reasoning_is_that_of_the_whole_text(thinking: Run
     assert message.content == after.lstrip()
     assert answer.usage is not None
     assert answer.usage.completion_tokens == TOKENS
+    before = thinking.engine.stats().prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="the regex is not one that can be matched"):
+        thinking.client.chat.completions.create(model=NAME, messages=ASKED, extra_body={"guided_regex": "("})
+    assert thinking.engine.stats().prompt_tokens == before
 
 
 @pytest.mark.parametrize(
