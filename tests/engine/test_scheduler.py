@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from hrwkv.engine.memory import Memory, MemorySizes
-from hrwkv.engine.scheduler import Clear, Copy, Load, Plan, Save, Scheduler, Sequence
-from hrwkv.model.cache import Snapshot
+from hrwkv.engine.prefixes import Prefixes
+from hrwkv.engine.scheduler import Clear, Copy, Load, Plan, Scheduler, Sequence
 
 SLOT_BYTES, BLOCK_BYTES = 100, 10
 
 
 def make(*, slots: int = 4, blocks: int = 20, step_tokens: int = 16, swap_bytes: int = 10**6) -> Scheduler:
     sizes = MemorySizes(slots, blocks, 4, SLOT_BYTES, BLOCK_BYTES)
-    return Scheduler(Memory(sizes, swap_bytes=swap_bytes), step_tokens=step_tokens)
+    memory = Memory(sizes, swap_bytes=swap_bytes)
+    return Scheduler(memory, Prefixes(memory), step_tokens=step_tokens)
 
 
 def sequence(number: int, prompt: int, *, limit: int = 64, priority: int = 0, choice: int = 0) -> Sequence:
@@ -29,9 +30,7 @@ def add(scheduler: Scheduler, *prompts: int, limit: int = 64) -> list[Sequence]:
 
 def finish_step(scheduler: Scheduler, plan: Plan) -> None:
     """What the core does: copies are made, tokens are read, and whoever is at its limit ends."""
-    for move in plan.moves:
-        if isinstance(move, Save):
-            move.saved.snapshot = Snapshot(None, None, None)
+    scheduler.confirm(plan, failed=())
     for piece in plan.pieces:
         if piece.samples:
             scheduler.append(piece.sequence, 0)
@@ -88,7 +87,7 @@ def test_the_newest_makes_room_and_comes_back(swap_bytes: int) -> None:
     assert (plan.num_preempted, second.slot, second.blocks) == (1, None, [])
     finish_step(scheduler, plan)
     assert first.is_finished
-    assert scheduler.memory.swap_free == 0
+    assert scheduler.memory.swap.free == 0
     plan = scheduler.schedule()
     if swap_bytes:
         (move,) = plan.moves
@@ -99,7 +98,7 @@ def test_the_newest_makes_room_and_comes_back(swap_bytes: int) -> None:
         assert second.slot is not None
         assert plan.moves == [Clear(second.slot)]
         assert pieces(plan) == [(1, 0, 9, True)]
-    assert scheduler.memory.swap_free == swap_bytes
+    assert scheduler.memory.swap.used == 0
 
 
 def test_among_priorities_the_lowest_number_takes_the_room_of_the_newest_of_the_highest() -> None:
