@@ -39,10 +39,10 @@ class Pool:
         return len(self._owners)
 
     def take(self, count: int) -> list[int]:
-        """So many free ones, which have one owner now; there must be enough."""
+        """So many free ones in rising order, which have one owner now; there must be enough."""
         assert 0 <= count <= self.free
         again = min(count, len(self._returned))
-        taken = [self._returned.pop() for _ in range(again)]
+        taken = sorted(self._returned.pop() for _ in range(again))
         taken += range(self._next, self._next + count - again)
         self._next += count - again
         self._owners |= dict.fromkeys(taken, 1)

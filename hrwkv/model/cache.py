@@ -171,16 +171,21 @@ class HostPages:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._staging.device))
         with torch.cuda.stream(self._stream):  # None: no other one
-            for row, page in enumerate(pages):
-                self._page(page).copy_(self._staging[row], non_blocking=True)
+            for rows, kept in self._runs(pages):
+                kept.copy_(rows, non_blocking=True)
 
     def _fetch(self, pages: Sequence[int]) -> None:
-        for row, page in enumerate(pages):
-            self._staging[row].copy_(self._page(page), non_blocking=True)
+        for rows, kept in self._runs(pages):
+            rows.copy_(kept, non_blocking=True)
 
-    def _page(self, number: int) -> Tensor:
-        slab, row = divmod(number, self._per_slab)
-        return self._slab(slab)[row]
+    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows on the device with the pages that belong to them, neighbours together."""
+        begin = 0
+        for end in range(1, len(pages) + 1):
+            if end == len(pages) or pages[end] != pages[end - 1] + 1 or not pages[end] % self._per_slab:
+                slab, first = divmod(pages[begin], self._per_slab)
+                yield self._staging[begin:end], self._slab(slab)[first : first + end - begin]
+                begin = end
 
     def _slab(self, number: int) -> Tensor:
         """Pages that were allocated together; without a GPU when one of them is first written to."""

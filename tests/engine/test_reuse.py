@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from hrwkv.engine.build import fit_memory
 from hrwkv.engine.request import EngineError, Grammar, SamplingParams
 from hrwkv.engine.scheduler import Load, Plan, Save
-from tests.builders import VOCAB
+from hrwkv.layers.batch import TokenBatch
+from hrwkv.settings import EngineSettings
+from tests.builders import VOCAB, hybrid_model, random_ids
 from tests.engine.driver import KINDS, Driver, Reader, greedy, greedy_alone, sizes_of
 from tests.engine.test_core import SAMPLED, count_tokens, poison, prompt_of
 
@@ -238,3 +242,33 @@ def test_a_copy_can_be_continued_in_the_step_that_makes_it() -> None:
     last = ask(driver, following, greedy(3))
     assert [type(move) for move in plans[0].moves] == [Save, Load]
     assert (cached(last), last.tokens()) == (8, greedy_alone("hybrid", tuple(following), 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2**17], ids=["in-parts", "at-once"])
+def test_on_a_gpu_every_copy_is_there_in_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six conversations of four turns side by side in memory for three, put aside and kept, a step ahead."""
+    monkeypatch.setattr("hrwkv.model.cache.STAGING_BYTES", rows)
+    model = hybrid_model((2,), head_dim=32, eos_token_id=None, max_position_embeddings=256).cuda()
+    sizes = fit_memory(model, EngineSettings(max_sequences=5, block_size=4, cache_bytes=2**20))
+    driver = Driver(
+        model=model,
+        sizes=replace(sizes, slots=5, blocks=60),
+        max_sequences=5,
+        device="cuda",
+        prefix_cache_bytes=2**21,
+    )
+    prompts = [random_ids(20 + seed, seed=seed).tolist() for seed in range(6)]
+    for _ in range(4):
+        readers = [driver.add(prompt, greedy(9))[1] for prompt in prompts]
+        driver.run()
+        for prompt, reader in zip(prompts, readers, strict=True):
+            ids = torch.tensor([*prompt, *reader.tokens()], device="cuda")
+            with torch.no_grad():
+                batch = TokenBatch.from_lengths([len(ids)], device="cuda")
+                likeliest = model.compute_logits(model(ids, batch)).argmax(-1)
+            assert likeliest[len(prompt) - 1 : -1].tolist() == list(reader.tokens())
+            prompt += [*reader.tokens(), 5, 6, 7]
+    assert driver.core.totals.preempted > 0
+    assert driver.core.totals.prompt_tokens_reused > 6 * 3 * 20
+    driver.assert_nothing_held()
