@@ -141,7 +141,7 @@ def _budget(model: HybridModel, settings: EngineSettings) -> int:
 
 @torch.inference_mode()
 def _working_bytes(model: HybridModel, settings: EngineSettings) -> int:
-    """Bytes that the largest step takes beyond weights and cache, measured on one without a cache."""
+    """Bytes beyond weights and cache: the largest step's, measured without a cache, and those for copies."""
     device = model.lm_head.weight.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -13,7 +13,7 @@ SLOT_BYTES, BLOCK_BYTES = 100, 10
 
 def make(*, slots: int = 4, blocks: int = 20, step_tokens: int = 16, swap_bytes: int = 10**6) -> Scheduler:
     sizes = MemorySizes(slots, blocks, 4, SLOT_BYTES, BLOCK_BYTES)
-    memory = Memory(sizes, swap_bytes=swap_bytes)
+    memory = Memory(sizes, swap_bytes=swap_bytes, prefix_bytes=10**4)
     return Scheduler(memory, Prefixes(memory), step_tokens=step_tokens)
 
 
@@ -184,3 +184,20 @@ def test_what_was_put_aside_with_a_token_unread_does_not_come_back_in_the_same_s
     finish_step(scheduler, unread)
     finish_step(scheduler, plan)
     assert [number for number, *_ in pieces(scheduler.schedule())] == [2, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_answer_leaves_first_in_the_next_step_and_not_after_a_failure(fails: bool) -> None:
+    scheduler = make()
+    (one,) = add(scheduler, 3)
+    for _ in range(40):
+        finish_step(scheduler, scheduler.schedule())
+    slot, blocks = one.slot, tuple(one.blocks)
+    scheduler.finish(one, keep=True)
+    if fails:
+        scheduler.drop_uncertain()
+    add(scheduler, 2)
+    plan = scheduler.schedule()
+    saves = [(move.slot, tuple(block for block, _ in move.blocks)) for move in plan.moves[:-1]]  # type: ignore[union-attr]
+    assert saves == ([] if fails else [(slot, blocks)])
+    assert len(scheduler.prefixes) == (0 if fails else 1)
