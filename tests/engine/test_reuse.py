@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hrwkv.engine.build import fit_memory
 from hrwkv.engine.request import EngineError, Grammar, SamplingParams
 from hrwkv.engine.scheduler import Load, Plan, Save
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.settings import EngineSettings
-from tests.builders import VOCAB, hybrid_model, random_ids
-from tests.engine.driver import KINDS, Driver, Reader, greedy, greedy_alone, sizes_of
+from tests.builders import VOCAB, hybrid_model, logits_of, random_ids
+from tests.engine.driver import KINDS, Driver, Reader, apart, greedy, greedy_alone, sizes_of
 from tests.engine.test_core import SAMPLED, count_tokens, poison, prompt_of
 
 BYTES = 2**20
@@ -242,6 +245,75 @@ def test_a_copy_can_be_continued_in_the_step_that_makes_it() -> None:
     last = ask(driver, following, greedy(3))
     assert [type(move) for move in plans[0].moves] == [Save, Load]
     assert (cached(last), last.tokens()) == (8, greedy_alone("hybrid", tuple(following), 3))
+
+
+def assert_greedy(kind: str, prompt: list[int], tokens: tuple[int, ...]) -> None:
+    """Each token is the likeliest after all before it, by one whole forward."""
+    ids = torch.tensor([*prompt, *tokens])
+    likeliest = logits_of(apart(kind), ids, [len(ids)]).argmax(-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == list(tokens)
+
+
+@kinds
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32),
+    small=st.booleans(),
+    fails=st.booleans(),
+    overlap=st.sampled_from(["on", "off"]),
+)
+def test_any_traffic_that_begins_alike_is_alone(
+    kind: str, seed: int, small: bool, fails: bool, overlap: str
+) -> None:
+    """Conversations that grow and branch, with cancels, forks, little memory and steps that fail."""
+    chance = random.Random(seed)
+    sizes = sizes_of(kind, slots=3, blocks=chance.randint(16, 24))
+    most = chance.choice([8, 30]) * sizes.page_bytes * 3 if small else BYTES
+    driver = Driver(
+        kind,
+        sizes=sizes,
+        max_sequences=3,
+        step_tokens=chance.randint(3, 16),
+        overlap=overlap,
+        swap_bytes=chance.choice([0, BYTES]),
+        prefix_cache_bytes=most,
+        min_gain=chance.randint(1, 6),
+    )
+
+    def check(*_: Any) -> None:
+        if fails and chance.random() < 0.04:
+            raise RuntimeError("injected")
+
+    hook = driver.model.register_forward_pre_hook(check)
+    texts = [prompt_of(12)]
+    running: dict[int, tuple[list[int], Reader]] = {}
+    try:
+        for _ in range(80):
+            if len(running) < 4 and chance.random() < 0.4:
+                text = chance.choice(texts)
+                own = [chance.randrange(VOCAB) for _ in range(chance.randint(0, 6))]
+                prompt = [*text[: chance.choice([len(text), chance.randint(1, len(text))])], *own][:44]
+                params = greedy(chance.randint(1, 9), n=chance.choice([1, 1, 1, 2]))
+                number, reader = driver.add(prompt, params, priority=chance.randint(0, 1))
+                running[number] = prompt, reader
+            if running and chance.random() < 0.03:
+                driver.core.abort(chance.choice(list(running)))
+            if driver.core.has_work:
+                driver.core.step()
+            assert driver.core.scheduler.memory.kept.used * sizes.page_bytes <= most
+            for number in [number for number in running if number not in driver.core._jobs]:
+                prompt, reader = running.pop(number)
+                for index, event in reader.events.items():
+                    assert_greedy(kind, prompt, event.tokens)
+                    texts.append([*prompt, *reader.tokens(index)])
+        driver.core.abort_all()
+        driver.run()
+    finally:
+        hook.remove()
+    driver.assert_nothing_held()
+    for saved in list(driver.core.scheduler.prefixes._nodes):
+        driver.core.scheduler.prefixes.drop(saved)
+    assert driver.core.scheduler.memory.kept.used == 0
 
 
 @pytest.mark.gpu
