@@ -73,6 +73,8 @@ def between_tokens(engine: Engine, *, beside: int, prompt: int, requests: int) -
     """Mean seconds between two tokens of ``beside`` sequences while requests of one token come and go."""
     longest = SamplingParams(max_tokens=requests * 4, temperature=0.0, ignore_eos=True)
     running = [engine.submit(random_prompt(engine, 64), longest) for _ in range(beside)]
+    for _ in range(4):  # the shapes of the steps to come are compiled
+        seconds_to_first(engine, list(random_prompt(engine, prompt)), 1)
     while sum(engine.stats().first_token.counts) < beside or engine.stats().queued:
         time.sleep(0.001)
     before = engine.stats().inter_token
@@ -193,7 +195,7 @@ def main() -> None:
             guarded(report, name),
             Engine(model, number_tokenizer(model.config.vocab_size), settings) as engine,
         ):
-            converse(engine, **case | {"turns": 2})  # kernels compile and are tuned
+            converse(engine, **case)  # kernels compile and are tuned
             report[name] = converse(engine, **case)
             if name == "off":
                 floors = [
