@@ -99,7 +99,7 @@ def host_copies(model: HybridModel, *, context: int, device: str) -> list[Row]:
     states = -(-state // page_bytes)
     count = states + (blocks if pools else 0)
     start = time.perf_counter()
-    pages = HostPages(cache, count, page_bytes=page_bytes)
+    pages = HostPages(cache, count, page_bytes=page_bytes, num_ready=count)
     lock = time.perf_counter() - start
     pairs = [(block, states + block) for block in range(blocks)] if pools else []
     place = {"context": context, "mib": count * page_bytes / 2**20, "lock_seconds": lock}

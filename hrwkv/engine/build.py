@@ -22,7 +22,7 @@ from hrwkv.settings import EngineSettings
 logger = logging.getLogger(__name__)
 CPU_CACHE_BYTES = 2**30
 # Of the host's free memory, what kept prefixes may take, and how much at most beside a GPU.
-PREFIX_SHARE, GPU_PREFIX_BYTES = 0.25, 2**34
+PREFIX_SHARE, GPU_PREFIX_BYTES = 0.25, 2**33
 # Copies of a step's logits that sampling may hold at a time.
 LOGITS_COPIES = 4
 
@@ -107,17 +107,14 @@ def prefix_bytes(model: HybridModel, settings: EngineSettings) -> int:
 def _host_pages(cache: HybridCache, memory: Memory) -> HostPages:
     begun, page_bytes = time.monotonic(), memory.sizes.page_bytes
     try:
-        pages = HostPages(cache, memory.num_pages, page_bytes=page_bytes)
+        pages = HostPages(cache, memory.num_pages, page_bytes=page_bytes, num_ready=memory.kept.total)
     except RuntimeError as error:
         raise ValueError(
-            f"the host cannot give {memory.num_pages * page_bytes} bytes for sequences put aside and kept "
-            f"prefixes ({str(error).splitlines()[0]}): lower swap_bytes or prefix_cache_bytes"
+            f"the host cannot give {memory.kept.total * page_bytes} bytes for kept prefixes "
+            f"({str(error).splitlines()[0]}): lower prefix_cache_bytes"
         ) from error
-    swap, kept = (pool.total * page_bytes / 2**30 for pool in (memory.swap, memory.kept))
-    seconds = time.monotonic() - begun
-    logger.info(
-        "host memory: %.1f GiB to put aside, %.1f GiB for prefixes (%.1f s to lock)", swap, kept, seconds
-    )
+    kept, seconds = memory.kept.total * page_bytes / 2**30, time.monotonic() - begun
+    logger.info("host memory: %.1f GiB for kept prefixes (%.1f s to get it)", kept, seconds)
     return pages
 
 

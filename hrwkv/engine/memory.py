@@ -16,6 +16,8 @@ from hrwkv.settings import EngineSettings
 
 # Of the cache's bytes: more sequences than this share of states leaves would find no room for their keys.
 MAX_STATE_SHARE = 0.5
+# Of a page of host memory where no block says how large it is.
+PAGE_BYTES = 2**20
 
 
 class Pool:
@@ -123,8 +125,8 @@ class MemorySizes:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page of host memory: a block of keys and values, or a state if there are none."""
-        return self.block_bytes or self.slot_bytes
+        """Bytes of a page of host memory: a block of keys and values, or without those a part of a state."""
+        return self.block_bytes or min(self.slot_bytes, PAGE_BYTES)
 
     @property
     def state_pages(self) -> int:
@@ -157,8 +159,8 @@ class Memory:
     def __init__(self, sizes: MemorySizes, *, swap_bytes: int, prefix_bytes: int = 0) -> None:
         self.sizes = sizes
         self.slots, self.blocks = Pool(sizes.slots), Pool(sizes.blocks)
-        self.swap = Pool(swap_bytes // sizes.page_bytes)
-        self.kept = Pool(prefix_bytes // sizes.page_bytes, first=self.swap.total)
+        self.kept = Pool(prefix_bytes // sizes.page_bytes)
+        self.swap = Pool(swap_bytes // sizes.page_bytes, first=self.kept.total)
 
     @property
     def num_pages(self) -> int:

@@ -350,9 +350,7 @@ class Scheduler:
         assert sequence.slot is not None
         pages = memory.swap.take(count)
         saved = Saved(pages[: memory.sizes.state_pages], pages[memory.sizes.state_pages :])
-        pairs = zip(
-            sequence.blocks, saved.blocks, strict=False
-        )  # one for a token to come may be there already
+        pairs = zip(sequence.blocks, saved.blocks, strict=False)  # it may have one for the next token
         plan.moves.append(Save(saved, sequence.slot, tuple(pairs)))
         return saved
 

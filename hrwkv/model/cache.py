@@ -17,7 +17,7 @@ from hrwkv.model.config import LINEAR, HybridConfig
 
 STATE_ITEMSIZE = 4  # The state is fp32 whatever the weights are.
 # Pages are allocated so many bytes at a time: torch rounds page-locked memory up to a power of two.
-SLAB_BYTES = 2**30
+SLAB_BYTES = 2**27
 # Bytes on the device through which copies to and from the host pass.
 STAGING_BYTES = 2**26
 
@@ -91,14 +91,15 @@ class HostPages:
     """Copies of sequences in the host's memory, in pages of one size; who owns which is told from outside.
 
     A page holds the keys and values of one block in every attention layer; a state fills as many as it needs.
-    Beside a GPU the pages are locked, all at the start, as locking takes long. No copy makes the host wait:
-    what leaves is gathered on the device and copied in a stream of its own, while later steps compute; what
-    comes back waits for that stream, on the device.
+    Beside a GPU the pages are locked, which takes as long as ten copies, so each is locked only once. No copy
+    makes the host wait: what leaves is gathered on the device and copied in a stream of its own, while later
+    steps compute; what comes back waits for that stream, on the device.
     """
 
-    def __init__(self, cache: HybridCache, count: int, *, page_bytes: int) -> None:
-        """Room for ``count`` pages of ``page_bytes``: a block's, or a state's without attention layers.
+    def __init__(self, cache: HybridCache, count: int, *, page_bytes: int, num_ready: int = 0) -> None:
+        """Room for ``count`` pages of ``page_bytes``: a block's, or any without attention layers.
 
+        num_ready: the first pages, which beside a GPU are locked now; others when they are first written to.
         Raises RuntimeError if the host cannot lock so much.
         """
         self._cache, self._page_bytes = cache, page_bytes
@@ -114,7 +115,7 @@ class HostPages:
         rows = min(count, max(-(-state // page_bytes), STAGING_BYTES // page_bytes, 1))
         self._staging = torch.empty((rows, page_bytes), dtype=torch.uint8, device=some.device)
         if self._is_pinned:
-            for number in range(-(-count // self._per_slab)):
+            for number in range(-(-num_ready // self._per_slab)):
                 self._slab(number)
 
     def save(self, slot: int, *, state: Sequence[int], blocks: Sequence[tuple[int, int]]) -> None:
@@ -188,7 +189,7 @@ class HostPages:
                 begin = end
 
     def _slab(self, number: int) -> Tensor:
-        """Pages that were allocated together; without a GPU when one of them is first written to."""
+        """Pages that are allocated together."""
         if number not in self._slabs:
             rows = min(self._per_slab, self._count - number * self._per_slab)
             shape = (rows, self._page_bytes)

@@ -35,7 +35,8 @@ class EngineSettings:
     """Host memory for sequences that were put aside; one that finds no room there is computed again."""
     prefix_cache_bytes: int | None = None
     """Host memory for prompts and answers that later requests may continue; left out, a quarter of what is
-    free, at most 16 GiB beside a GPU and 1 GiB without one. 0 keeps nothing."""
+    free, at most 8 GiB beside a GPU, where each GiB takes a second at the start, and 1 GiB without one. 0
+    keeps nothing."""
     max_waiting: int = 4096
     """Requests that may wait for their first step; one more is refused."""
     cuda_graphs: Literal["startup", "lazy", "off"] = "lazy"

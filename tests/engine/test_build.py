@@ -56,10 +56,8 @@ def test_host_memory_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.M
         raise RuntimeError("CUDA error: out of memory\nand much more")
 
     monkeypatch.setattr("hrwkv.engine.build.HostPages", refuse)
-    settings = replace(SETTINGS, swap_bytes=1024, prefix_cache_bytes=2048)
-    with pytest.raises(
-        ValueError, match=r"give 3072 bytes .*of memory\): lower swap_bytes or prefix_cache_bytes$"
-    ):
+    settings = replace(SETTINGS, prefix_cache_bytes=2048)
+    with pytest.raises(ValueError, match=r"give 2048 bytes .*of memory\): lower prefix_cache_bytes$"):
         build_core(model_of("hybrid"), settings, sizes=sizes_of("hybrid", slots=1, blocks=1))
 
 
@@ -78,7 +76,7 @@ def test_the_log_says_what_fits_and_warns_of_contexts_longer_than_the_models(
     assert "3 sequences at once (states: 0 MiB), 400 tokens in all" in caplog.text
     assert "at most 64 a sequence" in caplog.text
     assert "the model's config says" not in caplog.text
-    assert "host memory: 4.0 GiB to put aside, 0.5 GiB for prefixes" in caplog.text
+    assert "host memory: 0.5 GiB for kept prefixes" in caplog.text
     longer = replace(SETTINGS, max_context=200)
     build_core(model_of("all-linear"), longer, sizes=sizes_of("all-linear", slots=1, blocks=0))
     assert "any number of tokens in all" in caplog.text
