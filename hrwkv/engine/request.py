@@ -154,10 +154,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request so far: prompt, and generated over all its choices."""
+    """Tokens of a request so far: prompt, and generated over all its choices.
+
+    cached_tokens: of the prompt, those that an earlier request has left, so that they were not read again.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

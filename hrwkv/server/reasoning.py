@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from hrwkv.engine.request import Event, SamplingParams, Usage
+from hrwkv.engine.request import Event, SamplingParams
 from hrwkv.server.errors import refusing
 from hrwkv.server.service import Answer, Service
 from hrwkv.server.template import Rendered, closing
@@ -108,8 +108,8 @@ class ReasonedAnswer:
         if self._cancelled:
             self._request.cancel()
         async for event in self._request:
-            usage = Usage(end.usage.prompt_tokens, spent + event.usage.completion_tokens)
-            yield replace(event, usage=usage)
+            completion = spent + event.usage.completion_tokens
+            yield replace(event, usage=replace(end.usage, completion_tokens=completion))
 
 
 async def submit(service: Service, plan: Plan) -> Answer:

@@ -46,11 +46,12 @@ class Tally:
         """OpenAI's ``usage``."""
         prompt = sum(usage.prompt_tokens for usage in self.usages.values())
         completion = sum(usage.completion_tokens for usage in self.usages.values())
+        cached = sum(usage.cached_tokens for usage in self.usages.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

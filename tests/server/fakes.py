@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,11 +114,11 @@ class FakeEngine:
         return request
 
     def _events(self, prompt: list[int], params: SamplingParams, choices: Sequence[Sequence[str]]) -> Any:
-        usage = Usage(len(prompt), 0)
+        usage = Usage(len(prompt), 0, 2)
         for index, pieces in enumerate(choices):
             for number, text in enumerate(pieces):
                 tokens = tuple(self.tokenizer(text[:1000])["input_ids"])
-                usage = Usage(len(prompt), usage.completion_tokens + len(tokens))
+                usage = replace(usage, completion_tokens=usage.completion_tokens + len(tokens))
                 is_last = number == len(pieces) - 1
                 stop = next((stop for stop in params.stop if stop in self.stops), None) if is_last else None
                 first = number == 0 and params.prompt_logprobs is not None
@@ -139,7 +139,7 @@ class FakeEngine:
 
     def stats(self) -> Any:
         names = "queued running prompt_tokens generated_tokens preempted kv_blocks_used kv_blocks_total"
-        more = "state_slots_used state_slots_total state_bytes kv_bytes"
+        more = "state_slots_used state_slots_total state_bytes kv_bytes prefix_bytes prompt_tokens_reused"
         first, inter = Histogram(), Histogram()
         first.add(0.2)
         for seconds in (0.01, 0.03):

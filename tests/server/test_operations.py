@@ -63,9 +63,10 @@ def test_metrics_are_prometheus_text() -> None:
     app = fake_app(engine())
     text = ask(app, "/metrics").text
     samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
-    for name in ("queued", "running", "kv_blocks_used", "state_slots_total", "state_bytes", "kv_bytes"):
+    gauges = "queued running kv_blocks_used state_slots_total state_bytes kv_bytes prefix_bytes"
+    for name in gauges.split():
         assert samples[f"hrwkv_{name}"] == 3
-    for name in ("prompt_tokens", "generated_tokens", "preempted"):
+    for name in ("prompt_tokens", "prompt_tokens_reused", "generated_tokens", "preempted"):
         assert samples[f"hrwkv_{name}_total"] == 3
     assert samples["hrwkv_healthy"] == 1
     assert samples["hrwkv_time_to_first_token_seconds_count"] == 1

@@ -47,6 +47,7 @@ def test_reasoning_is_cut_at_its_budget(stream: bool) -> None:
     if not stream:
         assert body["usage"]["prompt_tokens"] == len(OPENED)
         assert body["usage"]["completion_tokens"] == 6 + len("so be it")
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
 def test_reasoning_that_ends_in_time_is_left_as_it_is() -> None:
