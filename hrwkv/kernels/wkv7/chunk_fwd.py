@@ -143,7 +143,6 @@ def prepare(
     step = tl.arange(0, C)
     lower = step[:, None] >= step[None, :]
     strictly_lower = step[:, None] > step[None, :]
-    later = step[:, None] < step[None, :]
     # A and M are bounded, whatever the scale of k, v and the state: W's factors may have fp16's three bits
     # more.
     FINE: tl.constexpr = tl.float16 if DOT == tl.bfloat16 else DOT  # noqa: SIM300
@@ -167,7 +166,8 @@ def prepare(
             grow = tl.exp2(total)
             shrink = tl.exp2(-total)
             before = tl.exp2(running_sum(strictly_lower, g, DOT, PRECISION, exact) * LOG2E)
-            remain = tl.exp2(running_sum(later, g, DOT, PRECISION, exact) * LOG2E)
+            ending = running_sum(tl.full([C, C], 1.0, tl.float32), g, DOT, PRECISION, exact)  # all rows alike
+            remain = tl.exp2(ending * LOG2E - total)
             a_tile = load_tile(a + tokens_a, step * H_A, columns, present, K) * before
             r_tile = load_tile(r + tokens, step * H, columns, present, K)
             k_tile = load_tile(k + tokens, step * H, columns, present, K)

@@ -25,18 +25,15 @@ from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 
 CHUNK = 32
-# What tuning may choose from, the first where nothing is known. 168 registers let a third program of four
-# warps run on an NVIDIA multiprocessor and 128 a fourth, which is worth a few spills.
+# Chunks that one program of ``prepare`` works through.
+PER_PROGRAM = 4
+# What tuning may choose from, the first where nothing is known.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
 WALK = [
-    *(Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)),
-    *(Config(TK=32, BV=block, STAGES=2, num_warps=4) for block in (64, 128)),
-    Config(TK=64, BV=64, STAGES=2, num_warps=4, maxnreg=128),
+    *(Config(TK=tile, BV=32, STAGES=2, num_warps=2) for tile in (32, 64)),
+    Config(TK=32, BV=64, STAGES=3, num_warps=4),
 ]
-GRADIENTS = [
-    Config(TK=32, STAGES=2, num_warps=4),
-    *(Config(TK=32, STAGES=stages, num_warps=4, maxnreg=168) for stages in (1, 2)),
-]
+GRADIENTS = [Config(TK=32, STAGES=stages, num_warps=4) for stages in (2, 3)]
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -90,7 +87,9 @@ def wkv7(
     inputs = [
         x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
     ]
-    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
+    # Inside the function gradients are always off, and inputs may need one all the same: it cannot be asked.
+    keep = torch.is_grad_enabled()
+    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens), keep)
     return o.to(v.dtype), final
 
 
@@ -108,10 +107,12 @@ class _ChunkedWkv7(torch.autograd.Function):
         b: Tensor,
         initial_state: Tensor | None,
         plan: Plan,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = (r, log_decay, k, v, a, b)
         parts = _prepare(inputs, plan, backward=False)
-        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=any(ctx.needs_input_grad))
+        keep = keep and any(ctx.needs_input_grad)
+        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=keep)
         ctx.save_for_backward(*inputs, *kept)
         ctx.plan, ctx.initial_dtype = plan, None if initial_state is None else initial_state.dtype
         return o, final
@@ -145,7 +146,7 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_A=a.shape[1],
                 H_V=v.shape[1],
                 V=v.shape[2],
-                TV=32,
+                TV=32 if v.shape[2] % 64 else 64,
                 **_constants(r),
                 **config,
             )
@@ -153,7 +154,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         if plan.num_chunks:
             _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2], work=plan.num_chunks * heads)
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
+        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None, None
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
 
     def run(config: Config) -> None:
-        prepare[(heads, -(-plan.num_chunks // 8))](
+        prepare[(heads, -(-plan.num_chunks // PER_PROGRAM))](
             r,
             log_decay,
             k,
@@ -208,7 +209,7 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
-            PER=8,
+            PER=PER_PROGRAM,
             STAGES=2,
             BACKWARD=backward,
             **_constants(r),
@@ -253,5 +254,5 @@ def _walk(
         )
 
     if plan.lengths:
-        _tuned(f"wkv7 walk{' backwards' * reverse}", x, WALK, run, size=size, work=plan.num_chunks * heads)
+        _tuned("wkv7 walk", x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner
