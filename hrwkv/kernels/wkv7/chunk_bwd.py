@@ -128,8 +128,8 @@ def gradients(
         tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
         rows = tl.where(first, db + at, dk + at)
         tl.store(rows[:, None] + columns[None, :], ((dbk + dbk_end) * shrink).to(DOT), mask=present[:, None])
-        # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t and, through the chunk's end, on G_C. The
-        # sums are products of 2C rows, of which C count: so all stays in the threads where it is.
+        # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t and, through the chunk's end, on G_C.
+        # The sums are products of 2C rows, of which C count: so all stays in the threads where it is.
         of_ar = ar * dar
         dg = running_sum(step[None, :] >= row[:, None], of_ar - bk * dbk, DOT, PRECISION)
         dg += running_sum(step[None, :] < row[:, None], bk * dbk_end, DOT, PRECISION)
