@@ -107,11 +107,17 @@ def gradients(
         dbk_end = tl.zeros([2 * C, TK], tl.float32)
         dending = tl.zeros([TV, TK], tl.float32)
         for j in tl.static_range(V // TV):
-            of_state = (j * TV + tl.arange(0, TV))[:, None] * K + columns[None, :]
+            values = j * TV + tl.arange(0, TV)
+            of_state = values[:, None] * K + columns[None, :]
             state = tl.load(states + of_state)
             dstate = tl.load(dstates + of_state)
-            dar = tl.dot(left[j], state, dar, input_precision=PRECISION)
-            dbk_end = tl.dot(right[j], dstate, dbk_end, input_precision=PRECISION)
+            left_tile = left[j]
+            right_tile = right[j]
+            if DOT == tl.float32:  # noqa: SIM300 (shared memory holds them in half precision only)
+                left_tile = stacked(dy, do, step * V, step * (H * V), values, first, present)
+                right_tile = stacked(u, v, step * V, step * (H_V * V), values, first, present)
+            dar = tl.dot(left_tile, state, dar, input_precision=PRECISION)
+            dbk_end = tl.dot(right_tile, dstate, dbk_end, input_precision=PRECISION)
             dending += state.to(tl.float32) * dstate.to(tl.float32)
         g = load_tile(log_decay, chunk_row * H, columns, chunk_row < count, K)  # [C, TK]
         ending = tl.exp2(running_sum(tl.full([2 * C, C], 1.0, tl.float32), g, DOT, PRECISION, exact) * LOG2E)
