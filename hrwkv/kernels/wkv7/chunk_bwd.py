@@ -111,11 +111,12 @@ def gradients(
             of_state = values[:, None] * K + columns[None, :]
             state = tl.load(states + of_state)
             dstate = tl.load(dstates + of_state)
-            left_tile = left[j]
-            right_tile = right[j]
             if DOT == tl.float32:  # noqa: SIM300 (shared memory holds them in half precision only)
                 left_tile = stacked(dy, do, step * V, step * (H * V), values, first, present)
                 right_tile = stacked(u, v, step * V, step * (H_V * V), values, first, present)
+            else:
+                left_tile = left[j]
+                right_tile = right[j]
             dar = tl.dot(left_tile, state, dar, input_precision=PRECISION)
             dbk_end = tl.dot(right_tile, dstate, dbk_end, input_precision=PRECISION)
             dending += state.to(tl.float32) * dstate.to(tl.float32)
