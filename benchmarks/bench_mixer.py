@@ -9,7 +9,6 @@ the errors of ``kernels`` against fp64; nothing is timed unless all are within B
 rows to the input of W_o:
 
 - kernels: ``mixer`` as a layer calls it; in decode ``mixer_decode``, one launch.
-- separate: ``mix``, ``wkv7`` and ``finish`` one after the other, which with gradients is the same.
 - torch mix: the definitions of ``mix`` and ``finish`` by torch's operators around the same ``wkv7``.
 - torch: the recurrence by torch's operators too (``chunk_torch``, in decode ``naive``): no kernel of ours.
 
@@ -54,7 +53,7 @@ def torch_wkv7(
 
 
 FORMS: dict[str, tuple[Callable[..., object], ...]] = {
-    "separate": (mix, recurrence.wkv7, finish),
+    "kernels": (mix, recurrence.wkv7, finish),
     "torch mix": (torch_mix.mix, recurrence.wkv7, torch_mix.finish),
     "torch": (torch_mix.mix, torch_wkv7, torch_mix.finish),
 }
@@ -64,17 +63,6 @@ def run(form: str, layer: Layer) -> Tensor:
     """From rows to y over whole sequences."""
     num = len(layer.slots)
     lengths = [len(layer.rows.r) // num] * num
-    if form == "kernels":
-        y, *_ = recurrence.mixer(
-            layer.rows,
-            layer.weights,
-            form=FORM,
-            rope=layer.rope,
-            first=layer.first,
-            cu_seqlens=layer.cu_seqlens,
-            lengths=lengths,
-        )
-        return y
     mix, wkv7, finish = FORMS[form]
     mixed, bonus, _ = mix(layer.rows, layer.weights, form=FORM, rope=layer.rope, first=layer.first)
     o, _ = wkv7(*mixed, cu_seqlens=layer.cu_seqlens, lengths=lengths)
@@ -251,7 +239,7 @@ def main() -> None:
     facts = {"device": name, "torch": torch.__version__, "copy_tb_s": rate / 1e12}
     print(f"{facts}, ready after {time.perf_counter() - start:.0f} s")
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-    forms = ["kernels", "separate"] + ([] if options.skip_torch else ["torch mix", "torch"])
+    forms = ["kernels"] if options.skip_torch else list(FORMS)
     rows, failures = [], []
 
     def show(case: Case) -> None:

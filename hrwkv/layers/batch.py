@@ -57,3 +57,8 @@ class TokenBatch:
     def num_single(self) -> int:
         """How many sequences at the beginning bring exactly one token each."""
         return sum(1 for _ in takewhile(lambda length: length == 1, self.lengths))
+
+    @property
+    def is_decode(self) -> bool:
+        """True when every sequence brings exactly one token, so that a mixer may take its one-launch step."""
+        return all(length == 1 for length in self.lengths)

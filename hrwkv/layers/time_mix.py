@@ -1,25 +1,23 @@
 """The RWKV-7 mixer of the hybrids: no token shift, no group norm, RoPE on r and k; variants as values.
 
 The layer holds the parameters and their matrix products. What lies between the projections and W_o is the
-kernels' work: mix, wkv7 and finish, fused where no gradient is asked for. Equations: docs/hxa079.md.
+kernels' work: mix, wkv7 and finish, or all of it at once in a decode step. Equations: docs/hxa079.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hrwkv.kernels.low_rank import Activation, expand
-from hrwkv.kernels.mix import FirstLayer, Form, Rows, Weights
-from hrwkv.kernels.wkv7 import mixer, mixer_decode
+from hrwkv.kernels.mix import FirstLayer, Form, Mixed, Rows, Weights, finish, mix
+from hrwkv.kernels.wkv7 import mixer_decode, wkv7, wkv7_decode
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.common import RMSNorm, Rope
 from hrwkv.layers.projections import Projections
-
-_Output = tuple[Tensor, FirstLayer | None]
 
 __all__ = ["VARIANTS", "FirstLayer", "LowRankSizes", "TimeMix", "Variant"]
 
@@ -147,67 +145,22 @@ class TimeMix(Projections):
         if nothing reads it.
         """
         rows, weights = self._project(x, in_first=first is None), self._weights()
-        if state is None:
-            y, _, first = mixer(
+        if state is not None and batch.is_decode and not torch.is_grad_enabled():
+            assert batch.state_slots is not None
+            y, first = mixer_decode(
                 rows,
                 weights,
                 form=self.form,
                 rope=rope,
                 first=first,
-                cu_seqlens=batch.cu_seqlens,
-                lengths=batch.lengths,
+                state=state,
+                state_slots=batch.state_slots,
             )
         else:
-            y, first = self._continue(rows, weights, batch, rope=rope, first=first, state=state)
+            mixed, bonus, first = mix(rows, weights, form=self.form, rope=rope, first=first)
+            o = _recur(mixed, batch, state)
+            y = finish(o, mixed.v, rows.gate, bonus=bonus)
         return self.output(y.flatten(1)), first
-
-    def _continue(
-        self,
-        rows: Rows,
-        weights: Weights,
-        batch: TokenBatch,
-        *,
-        rope: Rope | None,
-        first: FirstLayer | None,
-        state: Tensor,
-    ) -> tuple[Tensor, FirstLayer | None]:
-        """Pieces of sequences that go on from the pool; y [T, H, K] and ``first``."""
-        state_slots = batch.state_slots
-        assert state_slots is not None
-        # Next tokens beside prompts: a step in place moves a state twice, a chunk with its copies six times.
-        num = 0 if torch.is_grad_enabled() else batch.num_single
-
-        def step(rows: Rows, rope: Rope | None, first: FirstLayer | None) -> _Output:
-            slots = state_slots[:num]
-            return mixer_decode(
-                rows, weights, form=self.form, rope=rope, first=first, state=state, state_slots=slots
-            )
-
-        def read(rows: Rows, rope: Rope | None, first: FirstLayer | None) -> _Output:
-            slots = state_slots[num:]
-            y, after, first = mixer(
-                rows,
-                weights,
-                form=self.form,
-                rope=rope,
-                first=first,
-                cu_seqlens=batch.cu_seqlens[num:] - num,
-                lengths=batch.lengths[num:],
-                initial_state=state[slots],
-            )
-            # A pool with a graph would keep every earlier piece alive.
-            state[slots] = after.detach().to(state.dtype)
-            return y, first
-
-        if num == len(batch.lengths) > 0:
-            return step(rows, rope, first)
-        if num == 0:
-            return read(rows, rope, first)
-        parts = [_tokens(x, num) for x in (rows, rope, first)]
-        (y, own), (later_y, later) = step(*(x[0] for x in parts)), read(*(x[1] for x in parts))
-        if first is None and own is not None and later is not None:
-            first = torch.cat([own[0], later[0]]), torch.cat([own[1], later[1]])
-        return torch.cat([y, later_y]), first
 
     def _project(self, x: Tensor, *, in_first: bool) -> Rows:
         """The products of x that this layer reads, by heads (2, 5 to 8, 14, 31, 32)."""
@@ -254,11 +207,25 @@ class TimeMix(Projections):
         )
 
 
-def _tokens(x: Any, num: int) -> tuple[Any, Any]:
-    """A tuple of tensors [T, ..] or None, cut into its first ``num`` tokens and the others."""
-    if x is None:
-        return None, None
-    halves = [(None, None) if part is None else (part[:num], part[num:]) for part in x]
-    kind = type(x)._make if hasattr(x, "_make") else tuple
-    first, second = zip(*halves, strict=True)
-    return kind(first), kind(second)
+def _recur(mixed: Mixed, batch: TokenBatch, state: Tensor | None) -> Tensor:
+    """The recurrence (11) over whole sequences, or over pieces that go on from the pool: o [T, H, K]."""
+    if state is None:
+        o, _ = wkv7(*mixed, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        return o
+    assert batch.state_slots is not None
+    # Next tokens beside prompts: a step in place moves a state twice, a chunk with its copies six times.
+    num = 0 if torch.is_grad_enabled() else batch.num_single
+    slots = batch.state_slots[num:]
+    first = [x[:num] for x in mixed]
+    stepped = wkv7_decode(*first, state=state, state_slots=batch.state_slots[:num]) if num else None
+    if stepped is not None and num == len(mixed.r):
+        return stepped
+    o, after = wkv7(
+        *(x[num:] for x in mixed),
+        cu_seqlens=batch.cu_seqlens[num:] - num,
+        lengths=batch.lengths[num:],
+        initial_state=state[slots],
+    )
+    # A pool with a graph would keep every earlier piece alive.
+    state[slots] = after.detach().to(state.dtype)
+    return o if stepped is None else torch.cat([stepped, o])

@@ -1,4 +1,4 @@
-"""``mix`` in Triton: one launch forward and one backward; only what came in is kept between them, and r.
+"""``mix`` in Triton: one launch forward and one backward; only what came in is kept between them.
 
 One program handles a block of tokens of one KV head and walks the query heads that share it, so k, kk and the
 key's gradient are computed once for the group and never repeated in memory; the next head's rows are on their
@@ -134,7 +134,6 @@ def backward_kernel(
     weights,
     rope,
     first,
-    r,
     dmixed,
     dbonus,
     dk_first,
@@ -152,7 +151,7 @@ def backward_kernel(
     W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """From dmixed, dbonus and dk_first the gradients of everything that came in; r as the forward wrote it.
+    """From dmixed, dbonus and dk_first the gradients of everything that came in.
 
     dweights: partial sums, [blocks, heads, K] and, for the norms, [blocks, H_kv, K] fp32. dfirst: two
     pointers, or two None where no gradient of layer 0 is asked for.
@@ -189,6 +188,9 @@ def backward_kernel(
         q_sum = (block * H + head) * K
         if dbonus is not None:
             upstream = load(dbonus, (start + token) * H + head, start + token < T)
+            r = load_normed(rows.r, q, live, weights.r_norm, column, eps, K, W)
+            if rope is not None:
+                r = rotate(r, angles, 1)
         dr = ()
         dk_after = ()
         dv_after = ()
@@ -205,11 +207,11 @@ def backward_kernel(
                 if dmixed.r is not None:
                     dr_tile = load(dmixed.r, at, live)
                 if dbonus is not None:
-                    receptance, weight = load(r, at, live), load(weights.r_k, n, live)
+                    weight = load(weights.r_k, n, live)
                     key = upstream * k[i] * factor
                     dr_tile += key * weight
-                    dscaled += upstream * receptance * weight
-                    store_sum(dweights.r_k, partial, receptance * key, K, W)
+                    dscaled += upstream * r[i] * weight
+                    store_sum(dweights.r_k, partial, r[i] * key, K, W)
                 dr = dr + (dr_tile,)
             dkk = db * iclr
             dk_after = dk_after + (dk[i] + dscaled * factor + dkk * scale,)
@@ -350,20 +352,16 @@ class _Mix(torch.autograd.Function):
                 form.norm_eps,
                 **_sizes(rows, form, FORWARD),
             )
-        # The recurrence keeps mixed.r as well, so the rows behind it are given back where no norm needs them.
-        if weights.r_norm is None:
-            kept[0] = None
-        ctx.save_for_backward(*kept, rows.r if mixed.r is None else mixed.r)
+        ctx.save_for_backward(*kept)
         return *mixed, bonus, k_first
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        *kept, r = ctx.saved_tensors
-        rows, weights, first = _grouped(kept)
+        rows, weights, first = _grouped(ctx.saved_tensors)
         upstream: list[Any] = [None if grad is None else grad.contiguous() for grad in grads]
         *dmixed, dbonus, dk_first = upstream
-        drows = Rows(*map(_like, rows))._replace(r=_like(r), v=_kept(_like(rows.v), rows.value is not None))
+        drows = Rows(*map(_like, rows))._replace(v=_kept(_like(rows.v), rows.value is not None))
         needed = ctx.needs_input_grad[-len(first) :]
         dfirst = tuple(_like(x) if need else None for x, need in zip(first, needed, strict=True))
         partial = _partial_sums(rows, weights)
@@ -373,7 +371,6 @@ class _Mix(torch.autograd.Function):
                 weights,
                 ctx.rope,
                 first,
-                r,
                 Mixed(*dmixed),
                 dbonus,
                 dk_first,
@@ -420,8 +417,11 @@ def _partial_sums(rows: Rows, weights: Weights) -> Weights:
 
 
 def _block(rows: Rows, launch: Launch) -> tuple[int, int]:
-    """BT tokens and W columns of a tile."""
-    width = min(triton.next_power_of_2(rows.k.shape[2] // 2), launch.width)
+    """BT tokens and W columns of a tile: half a head, or where that is too wide what divides it."""
+    half = rows.k.shape[2] // 2
+    width = triton.next_power_of_2(half)
+    if width > launch.width:
+        width = min(half & -half, launch.width)
     return max(launch.size // width, 1), width
 
 

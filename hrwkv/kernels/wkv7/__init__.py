@@ -54,7 +54,20 @@ def wkv7(
         ValueError: if shapes, dtypes, devices or lengths do not fit one another.
     """
     _check_tokens(r, log_decay, k=k, v=v, a=a, b=b)
-    _check_sequences(r, v, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
+    num_sequences = len(lengths)
+    if min(lengths, default=0) < 0 or sum(lengths) != len(r):
+        raise ValueError(
+            f"lengths are {_shorten(lengths)} with sum {sum(lengths)}, but r holds {len(r)} tokens: give one "
+            "length >= 0 per sequence, together the number of packed tokens"
+        )
+    if cu_seqlens.shape != (num_sequences + 1,):
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [{num_sequences + 1}]: one more than "
+            f"the {num_sequences} lengths"
+        )
+    if initial_state is not None:
+        expected = (num_sequences, *k.shape[1:], v.shape[-1])
+        _check_state("initial_state", initial_state, shape=expected, like=v)
     if _fits_triton(r, v):
         from hrwkv.kernels.wkv7 import chunk_triton  # Triton is looked for only where a tensor is on a GPU
 
@@ -64,59 +77,6 @@ def wkv7(
     v, a = (repeat_heads(x, r.shape[1]) for x in (v, a))
     return chunk_torch.wkv7(
         r, log_decay, k, v, a, b, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state
-    )
-
-
-def mixer(
-    rows: Rows,
-    weights: Weights,
-    *,
-    form: Form,
-    rope: Rope | None,
-    first: FirstLayer | None,
-    cu_seqlens: Tensor,
-    lengths: Sequence[int],
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, FirstLayer | None]:
-    """``mix``, ``wkv7`` and ``finish``: everything of the mixer between its projections, packed sequences.
-
-    Differentiable as these are. On a GPU without gradients it is three launches in which neither the vectors
-    of single tokens nor o reach memory.
-
-    Args:
-        rows: as for ``hrwkv.kernels.mix.mix``, and so are form, rope and first.
-        weights: the mixer's vectors, r_k included.
-        form: the variant's choices.
-        rope: cos and sin, or None.
-        first: the first layer's value and key, or None in that layer.
-        cu_seqlens: as for ``wkv7``, and so are lengths and initial_state.
-        lengths: the N sequence lengths on the host.
-        initial_state: ``[N, H, K, K]``, or None for zeros.
-
-    Returns:
-        y ``[T, H, K]``, the input of the output projection, the state after each sequence as ``wkv7`` returns
-        it, and ``first`` as ``mix`` returns it.
-
-    Raises:
-        ValueError: if shapes, dtypes, devices or lengths do not fit one another.
-    """
-    if torch.is_grad_enabled() or not _fits_triton(rows.r, rows.v):
-        mixed, bonus, first = mix(rows, weights, form=form, rope=rope, first=first)
-        o, final = wkv7(*mixed, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
-        return finish(o, mixed.v, rows.gate, bonus=bonus), final, first
-    check(rows, weights, form=form, rope=rope, first=first)
-    _check_sequences(rows.r, rows.v, cu_seqlens=cu_seqlens, lengths=lengths, initial_state=initial_state)
-    from hrwkv.kernels.wkv7 import chunk_triton
-
-    return chunk_triton.mixer(
-        rows,
-        weights,
-        form=form,
-        rope=rope,
-        first=first,
-        cu_seqlens=cu_seqlens,
-        lengths=lengths,
-        initial_state=initial_state,
     )
 
 
@@ -207,26 +167,6 @@ def _fits_triton(r: Tensor, v: Tensor) -> bool:
     """True where the Triton kernels serve: on a GPU, up to fp32, at their head sizes."""
     sizes = r.shape[-1] in TRITON_SIZES and v.shape[-1] in TRITON_SIZES
     return r.is_cuda and sizes and torch.float64 not in (r.dtype, v.dtype)
-
-
-def _check_sequences(
-    r: Tensor, v: Tensor, *, cu_seqlens: Tensor, lengths: Sequence[int], initial_state: Tensor | None
-) -> None:
-    """Refuse lengths or states that do not fit one another and r [T, H, K] and v [T, H_v, V]."""
-    num_sequences = len(lengths)
-    if min(lengths, default=0) < 0 or sum(lengths) != len(r):
-        raise ValueError(
-            f"lengths are {_shorten(lengths)} with sum {sum(lengths)}, but r holds {len(r)} tokens: give one "
-            "length >= 0 per sequence, together the number of packed tokens"
-        )
-    if cu_seqlens.shape != (num_sequences + 1,):
-        raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [{num_sequences + 1}]: one more than "
-            f"the {num_sequences} lengths"
-        )
-    if initial_state is not None:
-        expected = (num_sequences, *r.shape[1:], v.shape[-1])
-        _check_state("initial_state", initial_state, shape=expected, like=v)
 
 
 def _check_tokens(r: Tensor, log_decay: Tensor, *, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> None:

@@ -100,17 +100,25 @@ def gradients(
         dp = tl.dot(left[j], tl.trans(right[j]), dp, input_precision=PRECISION)
     dp_low = tl.where(allowed, dp, 0.0).to(DOT)
 
-    for i in tl.range(0, K // TK, num_stages=STAGES):
+    # What does not depend on the keys stays inside: outside it would hold registers that the tiles need.
+    for i in tl.range(0, K // TK, num_stages=STAGES, disable_licm=True):
         columns = i * TK + tl.arange(0, TK)
         dar = tl.zeros([2 * C, TK], tl.float32)
         dbk_end = tl.zeros([2 * C, TK], tl.float32)
         dending = tl.zeros([TV, TK], tl.float32)
         for j in tl.static_range(V // TV):
-            of_state = (j * TV + tl.arange(0, TV))[:, None] * K + columns[None, :]
+            values = j * TV + tl.arange(0, TV)
+            of_state = values[:, None] * K + columns[None, :]
             state = tl.load(states + of_state)
             dstate = tl.load(dstates + of_state)
-            dar = tl.dot(left[j], state, dar, input_precision=PRECISION)
-            dbk_end = tl.dot(right[j], dstate, dbk_end, input_precision=PRECISION)
+            if DOT == tl.float32:  # noqa: SIM300 (shared memory holds them in half precision only)
+                left_tile = stacked(dy, do, step * V, step * (H * V), values, first, present)
+                right_tile = stacked(u, v, step * V, step * (H_V * V), values, first, present)
+            else:
+                left_tile = left[j]
+                right_tile = right[j]
+            dar = tl.dot(left_tile, state, dar, input_precision=PRECISION)
+            dbk_end = tl.dot(right_tile, dstate, dbk_end, input_precision=PRECISION)
             dending += state.to(tl.float32) * dstate.to(tl.float32)
         g = load_tile(log_decay, chunk_row * H, columns, chunk_row < count, K)  # [C, TK]
         ending = tl.exp2(running_sum(tl.full([2 * C, C], 1.0, tl.float32), g, DOT, PRECISION, exact) * LOG2E)
@@ -127,6 +135,8 @@ def gradients(
         tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
         rows = tl.where(first, db + at, dk + at)
         tl.store(rows[:, None] + columns[None, :], ((dbk + dbk_end) * shrink).to(DOT), mask=present[:, None])
+        # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t and, through the chunk's end, on G_C.
+        # The sums are products of 2C rows, of which C count: so all stays in the threads where it is.
         of_ar = ar * dar
         dg = running_sum(step[None, :] >= row[:, None], of_ar - bk * dbk, DOT, PRECISION)
         dg += running_sum(step[None, :] < row[:, None], bk * dbk_end, DOT, PRECISION)

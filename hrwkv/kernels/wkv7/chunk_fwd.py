@@ -111,7 +111,6 @@ def prepare(
     k,
     a,
     b,
-    own,
     chunks,
     w_out,
     r_out,
@@ -137,20 +136,17 @@ def prepare(
     """One program per (head, PER chunks): the next chunk's inputs are on their way while one is worked on.
 
     ``chunks [NT, 2]`` int32: first token and number of tokens. Outputs [NT, H, C, K] and [NT, H, C, C] in
-    ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out`` is written where ``BACKWARD``. Without ``log_decay`` r,
-    k, a, b are r^, k^, a^, b^ [NT, H, C, K] as ``scale_rows`` writes them, with it ``own [NT, H, C]``; R, B',
-    K' and the decays are then not written.
+    ``DOT``, ``decay_out [NT, H, K]`` fp32; ``m_out`` is written where ``BACKWARD``.
     """
     head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * PER
     step = tl.arange(0, C)
     lower = step[:, None] >= step[None, :]
     strictly_lower = step[:, None] > step[None, :]
-    later = step[:, None] < step[None, :]
     # A and M are bounded, whatever the scale of k, v and the state: W's factors may have fp16's three bits
     # more.
     FINE: tl.constexpr = tl.float16 if DOT == tl.bfloat16 else DOT  # noqa: SIM300
-    exact: tl.constexpr = log_decay is not None and log_decay.dtype.element_ty == DOT
+    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
     for chunk in tl.range(first, min(num_chunks, first + PER), num_stages=STAGES):
         start = tl.load(chunks + 2 * chunk).to(tl.int64)
         present = step < tl.load(chunks + 2 * chunk + 1)
@@ -161,36 +157,32 @@ def prepare(
         p_ak = tl.zeros([C, C], tl.float32)
         p_rb = tl.zeros([C, C], tl.float32)
         p_rk = tl.zeros([C, C], tl.float32)
-        same = tl.load(own + place * C + step) if log_decay is None else tl.zeros([C], tl.float32)
+        same = tl.zeros([C], tl.float32)
         a_tiles = ()
         for i in tl.static_range(K // TK):
             columns = i * TK + tl.arange(0, TK)
+            g = load_tile(log_decay + tokens, step * H, columns, present, K)
+            total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
+            grow = tl.exp2(total)
+            shrink = tl.exp2(-total)
+            before = tl.exp2(running_sum(strictly_lower, g, DOT, PRECISION, exact) * LOG2E)
+            ending = running_sum(tl.full([C, C], 1.0, tl.float32), g, DOT, PRECISION, exact)  # all rows alike
+            remain = tl.exp2(ending * LOG2E - total)
+            a_tile = load_tile(a + tokens_a, step * H_A, columns, present, K) * before
+            r_tile = load_tile(r + tokens, step * H, columns, present, K)
+            k_tile = load_tile(k + tokens, step * H, columns, present, K)
+            b_tile = load_tile(b + tokens, step * H, columns, present, K)
+            same += tl.sum(r_tile * k_tile, axis=1)
+            a_hat = a_tile.to(DOT)
+            r_hat = (r_tile * grow).to(DOT)
+            b_right = tl.trans((b_tile * shrink).to(DOT))
+            k_right = tl.trans((k_tile * shrink).to(DOT))
             out = place * (C * K) + (step[:, None] * K + columns[None, :])
-            if log_decay is None:
-                a_tile, r_hat = tl.load(a + out), tl.load(r + out)
-                a_hat = a_tile.to(DOT)
-                b_right, k_right = tl.trans(tl.load(b + out)), tl.trans(tl.load(k + out))
-            else:
-                g = load_tile(log_decay + tokens, step * H, columns, present, K)
-                total = running_sum(lower, g, DOT, PRECISION, exact) * LOG2E
-                grow = tl.exp2(total)
-                shrink = tl.exp2(-total)
-                before = tl.exp2(running_sum(strictly_lower, g, DOT, PRECISION, exact) * LOG2E)
-                remain = tl.exp2(running_sum(later, g, DOT, PRECISION, exact) * LOG2E)
-                a_tile = load_tile(a + tokens_a, step * H_A, columns, present, K) * before
-                r_tile = load_tile(r + tokens, step * H, columns, present, K)
-                k_tile = load_tile(k + tokens, step * H, columns, present, K)
-                b_tile = load_tile(b + tokens, step * H, columns, present, K)
-                same += tl.sum(r_tile * k_tile, axis=1)
-                a_hat = a_tile.to(DOT)
-                r_hat = (r_tile * grow).to(DOT)
-                b_right = tl.trans((b_tile * shrink).to(DOT))
-                k_right = tl.trans((k_tile * shrink).to(DOT))
-                tl.store(r_out + out, r_hat)
-                tl.store(b_out + out, (b_tile * remain).to(DOT))
-                tl.store(k_out + out, (k_tile * remain).to(DOT))
-                ends = decay_out + place * K + tl.broadcast_to(columns[None, :], (C, TK))
-                tl.store(ends, grow, mask=(step == C - 1)[:, None])
+            tl.store(r_out + out, r_hat)
+            tl.store(b_out + out, (b_tile * remain).to(DOT))
+            tl.store(k_out + out, (k_tile * remain).to(DOT))
+            ends = decay_out + place * K + tl.broadcast_to(columns[None, :], (C, TK))
+            tl.store(ends, grow, mask=(step == C - 1)[:, None])
             p_ab = tl.dot(a_hat, b_right, p_ab, input_precision=PRECISION)
             p_ak = tl.dot(a_hat, k_right, p_ak, input_precision=PRECISION)
             p_rb = tl.dot(r_hat, b_right, p_rb, input_precision=PRECISION)
@@ -230,8 +222,6 @@ def walk(
     m,
     x,
     y,
-    gate,
-    bonus,
     inner,
     states,
     initial,
@@ -248,7 +238,6 @@ def walk(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
-    HATS: tl.constexpr,
     KEEP: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -258,9 +247,7 @@ def walk(
     ``x`` is V or dO, ``y [T, H, V]`` O or dV; (read, write, mix, feed) are (W, B', E, K'), backwards
     (B', W, K', E). ``initial`` and ``final`` [N, H, K, V] fp32. ``KEEP`` writes what ``gradients`` needs: the
     state before each chunk (in walking order) to ``states`` [NT, H, V, K], U or dY to ``inner`` [NT, H, C,
-    V]. BV may reach beyond V. With a ``gate`` [T, H, V], and with it a ``bonus`` [T, H] or None, y is what
-    the output projection takes, (12) to (14), from O as it would have been stored. ``HATS``: write and feed
-    are B^ and K^.
+    V]. BV may reach beyond V.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // blocks  # one axis: CUDA's others end at 65,535
@@ -276,10 +263,6 @@ def walk(
     key = tl.arange(0, TK)
     x += (first_token * H_X + head // (H // H_X)) * V
     y += (first_token * H + head) * V
-    if gate is not None:
-        gate += (first_token * H + head) * V
-    if bonus is not None:
-        bonus += first_token * H + head
     ends = (sequence.to(tl.int64) * H + head) * K * V + key[None, :] * V + value[:, None]  # transposed
 
     state = ()
@@ -298,15 +281,9 @@ def walk(
         present = tokens < length
         tile = base * (C * K) + (step[:, None] * K + key[None, :])
         square = base * (C * C) + (step[:, None] * C + step[None, :])
-        mask = present[:, None] & inside[None, :]
-        y_offsets = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
-        if gate is not None:
-            gate_tile = tl.load(gate + y_offsets, mask=mask, other=0.0)
-        if bonus is not None:
-            bonus_row = tl.load(bonus + tokens.to(tl.int64) * H, mask=present, other=0.0)
         x_offsets = tokens.to(tl.int64)[:, None] * (H_X * V) + value[None, :]
-        x_tile = tl.load(x + x_offsets, mask=mask, other=0.0)
-        x_left = tl.trans(x_tile.to(DOT))  # [BV, C]
+        mask = present[:, None] & inside[None, :]
+        x_left = tl.trans(tl.load(x + x_offsets, mask=mask, other=0.0).to(DOT))  # [BV, C]
         low = ()
         for i in tl.static_range(K // TK):
             low = low + (state[i].to(DOT),)
@@ -328,13 +305,8 @@ def walk(
         for i in tl.static_range(K // TK):
             out = tl.dot(low[i], tl.trans(tl.load(mix + tile + i * TK)), out, input_precision=PRECISION)
         out = tl.dot(u_left, inner_y, out, input_precision=PRECISION)
-        result = tl.trans(out.to(y.dtype.element_ty))
-        if gate is not None:  # (12) to (14)
-            gated = result.to(tl.float32) * V**-0.5
-            if bonus is not None:
-                gated += bonus_row[:, None] * x_tile.to(tl.float32)
-            result = (gated * gate_tile.to(tl.float32)).to(y.dtype.element_ty)
-        tl.store(y + y_offsets, result, mask=mask)
+        y_offsets = tokens.to(tl.int64)[:, None] * (H * V) + value[None, :]
+        tl.store(y + y_offsets, tl.trans(out.to(y.dtype.element_ty)), mask=mask)
         if KEEP:
             kept = u_left
             if REVERSE:  # dY = M^T dU
@@ -343,15 +315,14 @@ def walk(
             tl.store(inner + at_inner, tl.trans(kept), mask=inside[None, :])
         after = ()
         for i in tl.static_range(K // TK):
-            ending = tl.load(decay + base * K + i * TK + key)[None, :]
-            s = state[i] if HATS else state[i] * ending
+            s = state[i] * tl.load(decay + base * K + i * TK + key)[None, :]
             s = tl.dot(x_left, tl.load(feed + tile + i * TK), s, input_precision=PRECISION)
             write_tile = tl.load(write + tile + i * TK)
             if REVERSE:
                 s = tl.dot(u_left, write_tile, s, input_precision=PRECISION)
             else:  # the state is summed over all tokens, so it gets all of U
                 s = dot_halves(u_left, u_low, write_tile, s, DOT, PRECISION)
-            after = after + (s * ending if HATS else s,)
+            after = after + (s,)
         state = after
     for i in tl.static_range(K // TK):
         tl.store(final + ends + i * TK * V, state[i], mask=inside[:, None])

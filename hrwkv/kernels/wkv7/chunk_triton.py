@@ -20,29 +20,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrwkv.kernels.mix.fused_mix import own_value, select
-from hrwkv.kernels.mix.naive import FirstLayer, Form, Rope, Rows, Weights
 from hrwkv.kernels.tuning import Config, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
-from hrwkv.kernels.wkv7.chunk_mix import Hats, scale_rows
 
 CHUNK = 32
-# What tuning may choose from, the first where nothing is known. 168 registers let a third program of four
-# warps run on an NVIDIA multiprocessor and 128 a fourth, which is worth a few spills.
+# Chunks that one program of ``prepare`` works through.
+PER_PROGRAM = 4
+# What tuning may choose from, the first where nothing is known.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
-PREPARE_HATS = [
-    Config(TK=tile, num_warps=2, maxnreg=registers) for tile in (32, 64) for registers in (255, 168)
-]
 WALK = [
-    *(Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)),
-    *(Config(TK=32, BV=block, STAGES=2, num_warps=4) for block in (64, 128)),
-    Config(TK=64, BV=64, STAGES=2, num_warps=4, maxnreg=128),
+    *(Config(TK=tile, BV=32, STAGES=2, num_warps=2) for tile in (32, 64)),
+    Config(TK=32, BV=64, STAGES=3, num_warps=4),
 ]
-GRADIENTS = [
-    Config(TK=32, STAGES=2, num_warps=4),
-    *(Config(TK=32, STAGES=stages, num_warps=4, maxnreg=168) for stages in (1, 2)),
-]
+GRADIENTS = [Config(TK=32, STAGES=stages, num_warps=4) for stages in (1, 3)]  # in fp32 only the first fits
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -92,39 +83,14 @@ def wkv7(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over packed sequences; the contract is ``hrwkv.kernels.wkv7.wkv7``'s."""
-    inputs = _ready(r, log_decay, k, v, a, b)
-    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
-    return o.to(v.dtype), final
-
-
-def mixer(
-    rows: Rows,
-    weights: Weights,
-    *,
-    form: Form,
-    rope: Rope | None,
-    first: FirstLayer | None,
-    cu_seqlens: Tensor,
-    lengths: Sequence[int],
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, FirstLayer | None]:
-    """Three launches from the rows to y, not differentiable: ``hrwkv.kernels.wkv7.mixer``'s contract."""
-    contiguous: list[Any] = [None if x is None else x.contiguous() for x in rows]
-    rows = Rows(*contiguous)
-    sequences = plan(lengths, cu_seqlens)
-    parts, v, bonus, first = _scale_rows(rows, weights, sequences, form=form, rope=rope, first=first)
-    y, final, *_ = _walk(
-        parts, v, sequences, initial_state, reverse=False, keep=False, hats=True, gate=rows.gate, bonus=bonus
-    )
-    return y, final, first
-
-
-def _ready(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
-    """What the kernels take: contiguous, log_decay as it is, the others in the dtype of the products."""
     dtype = torch.bfloat16 if {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16} else torch.float32
-    return [
+    inputs = [
         x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
     ]
+    # Inside the function gradients are always off, and inputs may need one all the same: it cannot be asked.
+    keep = torch.is_grad_enabled()
+    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens), keep)
+    return o.to(v.dtype), final
 
 
 class _ChunkedWkv7(torch.autograd.Function):
@@ -141,10 +107,12 @@ class _ChunkedWkv7(torch.autograd.Function):
         b: Tensor,
         initial_state: Tensor | None,
         plan: Plan,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = (r, log_decay, k, v, a, b)
         parts = _prepare(inputs, plan, backward=False)
-        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=any(ctx.needs_input_grad))
+        keep = keep and any(ctx.needs_input_grad)
+        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=keep)
         ctx.save_for_backward(*inputs, *kept)
         ctx.plan, ctx.initial_dtype = plan, None if initial_state is None else initial_state.dtype
         return o, final
@@ -178,7 +146,7 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_A=a.shape[1],
                 H_V=v.shape[1],
                 V=v.shape[2],
-                TV=32,
+                TV=32 if v.shape[2] % 64 else 64,
                 **_constants(r),
                 **config,
             )
@@ -186,7 +154,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         if plan.num_chunks:
             _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2], work=plan.num_chunks * heads)
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
+        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None, None
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
@@ -230,19 +198,18 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
 
     def run(config: Config) -> None:
-        prepare[(heads, -(-plan.num_chunks // 8))](
+        prepare[(heads, -(-plan.num_chunks // PER_PROGRAM))](
             r,
             log_decay,
             k,
             a,
             b,
-            None,
             plan.chunks,
             *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
-            PER=8,
+            PER=PER_PROGRAM,
             STAGES=2,
             BACKWARD=backward,
             **_constants(r),
@@ -254,101 +221,10 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
     return parts
 
 
-def _scale_rows(
-    rows: Rows,
-    weights: Weights,
-    plan: Plan,
-    *,
-    form: Form,
-    rope: Rope | None,
-    first: FirstLayer | None,
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None, FirstLayer | None]:
-    """What ``walk`` takes, B^ and K^ for B' and K'; v, the bonus, and ``first`` as ``mix`` returns it."""
-    read, vectors, first_read, starts = select(rows, weights, form=form, rope=rope, first=first)
-    heads, size = rows.r.shape[1:]
-    dtype = torch.bfloat16 if rows.r.dtype == torch.bfloat16 else torch.float32
-    wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    a_hat = rows.r.new_empty(wide, dtype=torch.float16 if dtype == torch.bfloat16 else dtype)
-    own = rows.r.new_empty(square[:3], dtype=torch.float32)
-    bonus = None if weights.r_k is None else rows.r.new_empty(rows.r.shape[:2], dtype=torch.float32)
-    v = None if read.value is None else torch.empty_like(read.value)
-    k_first: Any = torch.empty_like(rows.k) if starts else None
-    parts = {name: rows.r.new_empty(wide, dtype=dtype) for name in ("w", "r", "b", "k")}
-    parts |= {name: rows.r.new_empty(square, dtype=dtype) for name in ("q", "p_rk", "p_rb")}
-    parts["m"] = rows.r.new_empty(0, dtype=dtype)
-    parts["decay"] = rows.r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
-    if plan.num_chunks:
-        with torch.cuda.device_of(rows.r):
-            scale_rows[(plan.num_chunks * rows.k.shape[1],)](
-                read._replace(r=rows.r),
-                vectors,
-                None if rope is None else tuple(x.contiguous() for x in rope),
-                tuple(None if x is None else x.contiguous() for x in first_read),
-                plan.chunks,
-                Hats(r=parts["r"], k=parts["k"], a=a_hat, b=parts["b"]),
-                v,
-                k_first,
-                parts["decay"],
-                own,
-                bonus,
-                form.norm_eps,
-                H=heads,
-                H_KV=rows.k.shape[1],
-                K=size,
-                C=CHUNK,
-                W=min(size // 2 & -(size // 2), 32),
-                LOG_LOG=form.key_scale == "log_log",
-                REPEATED=form.value_residual in ("gated_repeated", "low_rank"),
-                STAGES=1,
-                num_warps=4,
-            )
-        _prepare_hats(a_hat, own, parts, plan)
-    v = own_value(rows, form) if v is None else v
-    return parts, v, bonus, (v, k_first) if starts else first
-
-
-def _prepare_hats(a_hat: Tensor, own: Tensor, parts: dict[str, Tensor], plan: Plan) -> None:
-    """Fill W, Q, P_rk and P_rb of the parts from hats."""
-    r_hat = parts["r"]
-
-    def run(config: Config) -> None:
-        prepare[(r_hat.shape[1], -(-plan.num_chunks // 8))](
-            r_hat,
-            None,
-            parts["k"],
-            a_hat,
-            parts["b"],
-            own,
-            plan.chunks,
-            *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
-            plan.num_chunks,
-            H=r_hat.shape[1],
-            H_A=r_hat.shape[1],
-            PER=8,
-            STAGES=2,
-            BACKWARD=False,
-            **(_constants(r_hat) | {"K": r_hat.shape[3]}),
-            **config,
-        )
-
-    work = plan.num_chunks * r_hat.shape[1]
-    _tuned("wkv7 prepare hats", r_hat, PREPARE_HATS, run, size=r_hat.shape[3], work=work)
-
-
 def _walk(
-    parts: dict[str, Tensor],
-    x: Tensor,
-    plan: Plan,
-    initial: Tensor | None,
-    *,
-    reverse: bool,
-    keep: bool,
-    hats: bool = False,
-    gate: Tensor | None = None,
-    bonus: Tensor | None = None,
+    parts: dict[str, Tensor], x: Tensor, plan: Plan, initial: Tensor | None, *, reverse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """O, or with a gate y, or dV [T, H, V]; the last state [N, H, K, V], all states [NT, H, V, K], and U or
-    dY [NT, H, C, V]."""
+    """O or dV [T, H, V], the last state [N, H, K, V], all states [NT, H, V, K], and U or dY [NT, H, C, V]."""
     heads, size, value_size = parts["w"].shape[1], parts["w"].shape[3], x.shape[2]
     y = x.new_empty(x.shape[0], heads, value_size)
     final = x.new_empty(len(plan.lengths), heads, size, value_size, dtype=torch.float32)
@@ -361,8 +237,6 @@ def _walk(
             *(parts[name] for name in ("decay", "q", "p_rk", "p_rb", "m")),
             x,
             y,
-            gate,
-            bonus,
             inner,
             kept,
             final if initial is None else initial.contiguous(),
@@ -373,7 +247,6 @@ def _walk(
             H_X=x.shape[1],
             V=value_size,
             REVERSE=reverse,
-            HATS=hats,
             KEEP=keep,
             HAS_INITIAL=initial is not None,
             **(_constants(x) | {"K": size}),
@@ -381,6 +254,5 @@ def _walk(
         )
 
     if plan.lengths:
-        name = f"wkv7 walk{' backwards' * reverse}{' gated' * (gate is not None)}"
-        _tuned(name, x, WALK, run, size=size, work=plan.num_chunks * heads)
+        _tuned("wkv7 walk", x, WALK, run, size=size, work=plan.num_chunks * heads)
     return y, final, kept, inner

@@ -151,6 +151,22 @@ def test_keeps_states_and_removals_and_nothing_without_gradients():
         assert not kept
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["gradients", "no-gradients"])
+def test_states_are_written_only_for_a_backward(enabled, monkeypatch):
+    """Without gradients, inputs that would need one had all states written for nobody."""
+    kept, walk = [], chunk_triton._walk
+
+    def spy(*arguments, keep, reverse):
+        kept.append(keep)
+        return walk(*arguments, keep=keep, reverse=reverse)
+
+    monkeypatch.setattr(chunk_triton, "_walk", spy)
+    inputs = [x.float().requires_grad_() for x in make_inputs((3,))]
+    with torch.set_grad_enabled(enabled):
+        run(triton_wkv7, inputs, (3,))
+    assert kept == [enabled]
+
+
 @pytest.mark.parametrize("work", [0, 8191, 8192], ids="work{}".format)
 def test_small_work_is_never_measured(work, monkeypatch):
     """A choice made on a few tokens was kept on disk, for all later calls of that head size."""
