@@ -226,9 +226,9 @@ def test_the_first_value_and_key_come_from_layer_0_alone() -> None:
     batch = TokenBatch.from_lengths([6])
     hidden, rope = model.model.embed_tokens(random_ids(6)), model.model.rope(batch)
     seen = []
-    first = None
+    delta, first = None, None
     for block in model.model.layers:
-        hidden, first = block(hidden, batch, rope, first)
+        hidden, delta, first = block(hidden, batch, rope, first, delta=delta)
         seen.append(first)
     assert all(value is seen[0][0] and key is seen[0][1] for value, key in seen)
 

@@ -1,4 +1,4 @@
-"""Several small products in one launch (Triton): a program takes 16 tokens and 64 columns of one of them.
+"""Several small products in one launch (Triton): a program takes some tokens and some columns of one of them.
 
 Without a backward pass. Sums are fp32; an activation is computed in fp32 and rounded to the dtype, as the
 separate operations do.
@@ -6,6 +6,7 @@ separate operations do.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,17 +15,41 @@ from torch import Tensor
 
 from hrwkv.kernels.low_rank.naive import Activation
 
-TOKENS, COLUMNS, RANKS = 16, 64, 64  # of a program's tiles
+
+class Launch(NamedTuple):
+    """A program's tokens and columns, the ranks that it sums at a time, its warps and its stages of loads."""
+
+    tokens: int
+    columns: int
+    ranks: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(num_tokens: int) -> Launch:
+    """The cut for so many tokens; measured in benchmarks/results.
+
+    Tokens of a program decide how often the weights are read, columns how often the inner products are, and
+    their activations computed.
+    """
+    if num_tokens <= 64:
+        return Launch(max(16, triton.next_power_of_2(num_tokens)), 64, 64, num_warps=4, num_stages=3)
+    return Launch(128, 128, 64, num_warps=8, num_stages=3)
 
 
 @torch.no_grad()
 def expand(
-    inner: Sequence[Tensor], up: Sequence[Tensor], *, activations: Sequence[Activation]
+    inner: Sequence[Tensor],
+    up: Sequence[Tensor],
+    *,
+    activations: Sequence[Activation],
+    launch: Launch | None = None,
 ) -> list[Tensor]:
     """The contract is ``hrwkv.kernels.low_rank.expand``'s, but for gradients."""
+    tile = choose_launch(len(inner[0])) if launch is None else launch
     out = [x.new_empty(len(x), w.shape[1]) for x, w in zip(inner, up, strict=True)]
-    starts = tuple(accumulate((triton.cdiv(w.shape[1], COLUMNS) for w in up), initial=0))
-    grid = (starts[-1], triton.cdiv(len(inner[0]), TOKENS))
+    starts = tuple(accumulate((triton.cdiv(w.shape[1], tile.columns) for w in up), initial=0))
+    grid = (starts[-1], triton.cdiv(len(inner[0]), tile.tokens))
     with torch.cuda.device_of(inner[0]):
         _expand[grid](
             tuple(out),
@@ -36,14 +61,16 @@ def expand(
             len(inner[0]),
             STARTS=starts,
             ACTIVATIONS=tuple(activations),
-            BT=TOKENS,
-            BC=COLUMNS,
-            BR=RANKS,
+            BT=tile.tokens,
+            BC=tile.columns,
+            BR=tile.ranks,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _expand(
     out,  # [T, C] each
     inner,  # [T, R] each
