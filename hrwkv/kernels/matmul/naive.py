@@ -39,6 +39,6 @@ def swiglu_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def swiglu_gradient_rows(
     grad: Tensor, gate: Tensor, up: Tensor, *, gate_columns: Tensor, up_columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``swiglu_gradients`` times ``gate_columns`` and ``up_columns`` [I]: rows and scales of both, in turn."""
+    """``swiglu_gradients`` times ``gate_columns`` and ``up_columns`` [I]: rows, scales of each in turn."""
     for_gate, for_up = swiglu_gradients(grad, gate, up)
     return *quantise_rows(for_gate, columns=gate_columns), *quantise_rows(for_up, columns=up_columns)
