@@ -34,7 +34,8 @@ def inputs(
     return inner, [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63])
+# Every cut of choose_launch, filled and not.
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 65, 257])
 @pytest.mark.parametrize("form", [naive.expand, fused.expand], ids=["naive", "fused"])
 def test_each_product_is_its_formula(form, tokens: int) -> None:
     inner, up = inputs(tokens)
