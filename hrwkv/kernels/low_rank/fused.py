@@ -48,11 +48,14 @@ def expand(
     """The contract is ``hrwkv.kernels.low_rank.expand``'s, but for gradients."""
     tile = choose_launch(len(inner[0])) if launch is None else launch
     out = [x.new_empty(len(x), w.shape[1]) for x, w in zip(inner, up, strict=True)]
+    # The longest sums begin first, so that no program is alone at the end.
+    longest_first = sorted(range(len(up)), key=lambda i: -len(up[i]))
+    ours, inner, up = ([part[i] for i in longest_first] for part in (out, inner, up))
     starts = tuple(accumulate((triton.cdiv(w.shape[1], tile.columns) for w in up), initial=0))
-    grid = (starts[-1], triton.cdiv(len(inner[0]), tile.tokens))
+    grid = (triton.cdiv(len(inner[0]), tile.tokens), starts[-1])
     with torch.cuda.device_of(inner[0]):
         _expand[grid](
-            tuple(out),
+            tuple(ours),
             tuple(inner),
             tuple(x.stride() for x in inner),
             tuple(up),
@@ -60,7 +63,7 @@ def expand(
             tuple(tuple(w.shape) for w in up),  # a torch.Size is no tuple to Triton 3.6
             len(inner[0]),
             STARTS=starts,
-            ACTIVATIONS=tuple(activations),
+            ACTIVATIONS=tuple(activations[i] for i in longest_first),
             BT=tile.tokens,
             BC=tile.columns,
             BR=tile.ranks,
@@ -85,8 +88,8 @@ def _expand(
     BC: tl.constexpr,
     BR: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)  # the fastest axis: neighbours read the same weights
+    program = tl.program_id(1)
     is_token = (token < num_tokens)[:, None]
     for i in tl.static_range(len(ACTIVATIONS)):
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):

@@ -11,8 +11,8 @@ from hrwkv.kernels.swiglu import naive, swiglu, swiglu_gradients
 fused = pytest.importorskip("hrwkv.kernels.swiglu.fused")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, Triton's interpreter
-# Each element by itself, in parts of the largest: fp32 a few operations, bf16 one rounding (2^-9).
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-9 + 1e-6}
+# Each element by itself, in its own parts: fp32 a few operations, bf16 one rounding, half of its last bit.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 # Below, at and above a block, and rows that fill several.
 SHAPES = [(1, 1), (3, 300), (2, 1024), (5, 2500)]
 
