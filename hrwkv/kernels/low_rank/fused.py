@@ -26,15 +26,15 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def choose_launch(num_tokens: int) -> Launch:
-    """The cut for so many tokens; measured in benchmarks/results.
+def choose_launch(num_tokens: int, *, itemsize: int) -> Launch:
+    """The cut for so many tokens of so many bytes an element; measured in benchmarks/results.
 
     Tokens of a program decide how often the weights are read, columns how often the inner products are, and
-    their activations computed.
+    their activations computed. Single precision has no tensor cores to fill.
     """
-    if num_tokens <= 64:
-        return Launch(max(16, triton.next_power_of_2(num_tokens)), 64, 64, num_warps=4, num_stages=3)
-    return Launch(128, 128, 64, num_warps=8, num_stages=3)
+    if itemsize > 2:
+        return Launch(16, 64, 64, num_warps=4, num_stages=3)
+    return Launch(64, 128 if num_tokens <= 128 else 256, 32, num_warps=4, num_stages=4)
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def expand(
     launch: Launch | None = None,
 ) -> list[Tensor]:
     """The contract is ``hrwkv.kernels.low_rank.expand``'s, but for gradients."""
-    tile = choose_launch(len(inner[0])) if launch is None else launch
+    tile = launch or choose_launch(len(inner[0]), itemsize=inner[0].element_size())
     out = [x.new_empty(len(x), w.shape[1]) for x, w in zip(inner, up, strict=True)]
     # The longest sums begin first, so that no program is alone at the end.
     longest_first = sorted(range(len(up)), key=lambda i: -len(up[i]))

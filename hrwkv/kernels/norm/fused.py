@@ -74,6 +74,7 @@ class _RMSNorm(torch.autograd.Function):
             num_rows,
             total.shape[-1],
             num_tiles,
+            STAGES=_stages(total, tile=shape["ROWS"] * shape["BLOCK"]),
             **shape,
         )
         grad_weight = None if parts is None else parts.sum(0).to(weight.dtype)
@@ -90,6 +91,19 @@ def _tile(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": 8 if rows * block <= 8192 else 16}
+
+
+def _stages(x: Tensor, *, tile: int) -> int:
+    """Stages of a backward program's loop: 3, where shared memory has room, load two rows ahead.
+
+    A long row and the weight's gradient leave a multiprocessor registers for one program, which otherwise
+    waits for each row: 0.77 ms in place of 0.39 for 32768 rows of 6144 (H200, with the sum's gradient).
+    """
+    if x.device.type != "cuda" or tile > 8192:
+        return 1
+    room = torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor
+    ahead = 2 * 3 * tile * x.element_size()  # of the three tensors that a row is read from
+    return 3 if ahead + 2**13 <= room else 1
 
 
 def _programs(device: torch.device) -> int:
@@ -141,13 +155,14 @@ def _backward(
     num_rows,
     width,
     num_tiles,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < num_rows)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
