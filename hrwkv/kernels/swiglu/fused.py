@@ -23,7 +23,7 @@ def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     """The contract is ``hrwkv.kernels.swiglu.swiglu_gradients``'s."""
     inputs = [_rows(x) for x in (grad, gate, up)]
     for_gate, for_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    _backward[_grid(gate)](
+    _swiglu_backward[_grid(gate)](
         *inputs, *(x.stride(0) for x in inputs), for_gate, for_up, gate.shape[1], BLOCK=BLOCK
     )
     return for_gate, for_up
@@ -35,7 +35,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         gate, up = _rows(gate), _rows(up)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _forward[_grid(gate)](gate, up, gate.stride(0), up.stride(0), y, gate.shape[1], BLOCK=BLOCK)
+        _swiglu_forward[_grid(gate)](gate, up, gate.stride(0), up.stride(0), y, gate.shape[1], BLOCK=BLOCK)
         return y
 
     @staticmethod
@@ -75,7 +75,7 @@ def _place(width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _swiglu_forward(
     gate,  # [T, I]
     up,  # [T, I]
     gate_stride,
@@ -92,7 +92,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     grad,  # [T, I], of y
     gate,  # [T, I]
     up,  # [T, I]
