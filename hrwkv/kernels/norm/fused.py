@@ -101,7 +101,7 @@ def _stages(x: Tensor, *, tile: int) -> int:
     """
     if x.device.type != "cuda" or tile > 8192:
         return 1
-    room = torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor
+    room = triton.runtime.driver.active.utils.get_device_properties(x.device.index)["max_shared_mem"]
     ahead = 2 * 3 * tile * x.element_size()  # of the three tensors that a row is read from
     return 3 if ahead + 2**13 <= room else 1
 
