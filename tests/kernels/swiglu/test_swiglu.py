@@ -73,7 +73,7 @@ def test_naive_gradients_are_autograds() -> None:
     torch.testing.assert_close(naive.swiglu_gradients(grad, gate, up), expected)
 
 
-def test_gradients_alone_are_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_alone_are_the_functions() -> None:
     gate, up, grad = inputs((3, 1100))
     expected = outputs(fused.swiglu, gate, up, grad)[1:]
     assert all(map(torch.equal, fused.swiglu_gradients(grad, gate, up), expected))
