@@ -1,18 +1,20 @@
 """How near is attention to what the memory and the matrix units of a GPU allow, and which form is fastest?
 
-    python benchmarks/bench_attention.py                        # all parts: about 80 s, half of it compiling
-    python benchmarks/bench_attention.py --quick                # K = 96, no flex_attention: about 25 s
+    python benchmarks/bench_attention.py                        # all parts: about 110 s, half of it compiling
+    python benchmarks/bench_attention.py --quick                # K = 96, no flex_attention: about 35 s
     python benchmarks/bench_attention.py --only decode --sweep  # the decode kernel's launch parameters too
     python benchmarks/bench_attention.py --check-only           # equality; also in Triton's interpreter
 
 ``decode``: the paged kernel beside a gather of the blocks and PyTorch's attention; its floor is the time to
 copy as many bytes as the context's keys and values have. ``store``: new keys and values to their slots beside
 index_put; its floor counts them read and written. Both are CUDA graphs that walk over several layers' caches,
-in decode larger than a GPU's cache. ``packed``: forms of causal attention over packed sequences, forward, and
-forward with backward; the floor is the time of the products (half of the score matrix) at the rate of one
-large product. 64 heads, 8 KV heads, bf16. Each form is compared with the fp64 definition before it is timed,
-and not timed if it differs. A case that fails is reported and the others go on. Times are medians; ``ratio``
-is against the first form of a shape; the last line is JSON, and the exit status 1 if anything failed.
+in decode larger than a GPU's cache. ``prefill``: later pieces of prompts, and a prompt of 32768 tokens in
+pieces, beside PyTorch's kernels over gathered blocks. ``packed``: forms of causal attention over packed
+sequences, forward, and forward with backward. The floor of these two is the time of the products (without
+what a query may not see) at the rate of one large product. 64 heads, 8 KV heads, bf16. Each form is compared
+with the fp64 definition before it is timed, and not timed if it differs. A case that fails is reported and
+the others go on. Times are medians; ``ratio`` is against the first form of a shape; the last line is JSON,
+and the exit status 1 if anything failed.
 """
 
 import argparse
@@ -29,10 +31,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from hrwkv.kernels.attention import naive, paged, sdpa, varlen_attention
+from hrwkv.kernels.attention import naive, paged, paged_attention, sdpa, varlen_attention
 from hrwkv.kernels.rates import copy_rate
 
 HEADS, KV_HEADS, BLOCK_SIZE = 64, 8, 64
+PARTS = ("decode", "store", "prefill", "packed")
 COLUMNS = ("part", "shape", "form", "ms", "ratio", "floor_ms", "of_floor", "error")
 TOLERANCE = 2e-2  # of the largest value: bf16 has 8 bits, weights are rounded to it before the second product
 LAYER_BYTES = 512 * 2**20  # of the caches that one graph walks over
@@ -43,6 +46,12 @@ DECODE = {  # name: (new tokens of each sequence, contexts)
     "N=64 S=256..7936": ([1] * 64, [256 + 7680 * n // 63 for n in range(64)]),
     "N=64 S=4096, 4 tokens": ([4] * 64, [4096] * 64),
 }
+PREFILL = {  # name: (new tokens of each sequence, contexts)
+    "4096 of 32768": ([4096], [32768]),
+    "2048 of 16384": ([2048], [16384]),
+    "2048 in 5 pieces": ([1000, 500, 300, 200, 48], [9000, 500, 4300, 30000, 1048]),
+}
+PROMPT, PIECES = 32768, (2048, 4096, 8192)
 PACKED = {
     "8x4096": [4096] * 8,
     "ragged": [9000, 120, 4096, 7, 2500, 6001, 1300, 5000, 33, 4711],  # 32768 tokens
@@ -235,6 +244,78 @@ def _store(form: Callable[..., None], k: Tensor, v: Tensor, caches: Tensor, slot
     return {"error": 0.0, "ms": graph_milliseconds(calls)}
 
 
+def prefill_rows(
+    options: argparse.Namespace, *, rate: float, sizes: Sequence[int], device: torch.device
+) -> Iterator[Row]:
+    """The package's choice for later pieces, the form with a mask, and cuDNN for one sequence."""
+    for size in sizes:
+        small_contexts = [150, 70, 333]
+        small = Paged([30, 0, 200], small_contexts, size=size, layers=1, device=device)
+        for name, (lengths, contexts) in PREFILL.items():
+            case = Paged(lengths, contexts, size=size, layers=1, device=device)
+            floor = attention_flops(lengths, contexts, size=size) / rate
+            forms: dict[str, tuple[Paged, Callable[..., Tensor], Callable[..., Tensor]]] = {
+                "chosen": (
+                    small,
+                    functools.partial(paged_attention, contexts=small_contexts),
+                    functools.partial(paged_attention, contexts=contexts),
+                ),
+                "gather + mask": (small, sdpa.paged_attention, sdpa.paged_attention),
+            }
+            if len(lengths) == 1:
+                one = Paged([200], [333], size=size, layers=1, device=device)
+                forms["cuDNN, two parts"] = (one, cudnn_parts, cudnn_parts)
+            for form, arguments in forms.items():
+                row = {"part": "prefill", "shape": f"{name} K={size}", "form": form, "floor_ms": floor}
+                yield attempt(row, functools.partial(_prefill, case, *arguments))
+        for length in PIECES if not options.quick else PIECES[:1]:
+            row = {"part": "prefill", "shape": f"{PROMPT} in pieces of {length} K={size}", "form": "chosen"}
+            row["floor_ms"] = attention_flops([PROMPT], [PROMPT], size=size) / rate
+            yield attempt(row, functools.partial(_prompt, length, size=size, device=device))
+
+
+def attention_flops(lengths: Sequence[int], contexts: Sequence[int], *, size: int) -> float:
+    """Operations of both products where a query sees itself and what is before."""
+    pairs = zip(lengths, contexts, strict=True)
+    return 4 * HEADS * size * sum(length * (context - length / 2) for length, context in pairs)
+
+
+def _prefill(
+    case: Paged, small: Paged, small_form: Callable[..., Tensor], form: Callable[..., Tensor]
+) -> Row:
+    error = require(small.error(small_form))
+    (call,) = case.calls(form)
+    return {"error": error, "ms": eager_milliseconds(call)}
+
+
+def _prompt(length: int, *, size: int, device: torch.device) -> Row:
+    """A whole prompt through one layer, piece after piece."""
+    case = Paged([PROMPT], [PROMPT], size=size, layers=1, device=device)
+    indices = case.indices | {"lengths": (length,), "cu_seqlens": bounds([length], device)}
+    steps = []
+    for end in range(length, PROMPT + 1, length):
+        places = indices | {"context_lens": torch.tensor([end], device=device), "contexts": (end,)}
+        queries = case.q[end - length : end]
+        steps.append(functools.partial(paged_attention, queries, *case.caches[0], **places))
+    return {"ms": eager_milliseconds(lambda: [step() for step in steps])}
+
+
+def cudnn_parts(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, block_tables: Tensor, context_lens: Tensor, **_: object
+) -> Tensor:
+    """One sequence's earlier tokens without a mask, the new ones causally, joined by their sums."""
+    length = len(q)
+    k, v = (x[block_tables[0]].flatten(0, 1)[: int(context_lens)] for x in (k_cache, v_cache))
+    q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    parts = [(k[:, :, :-length], v[:, :, :-length], False), (k[:, :, -length:], v[:, :, -length:], True)]
+    (early, early_sum), (late, late_sum) = (
+        attend(q, keys, values, None, True, 0.0, causal, False)[:2] for keys, values, causal in parts
+    )
+    share = (early_sum - late_sum).sigmoid().view(1, HEADS, length, 1)
+    return (early * share + late * (1 - share)).to(q.dtype).transpose(1, 2).squeeze(0)
+
+
 def packed_forms(
     lengths: Sequence[int], *, flex: bool, device: torch.device
 ) -> dict[str, Callable[..., Tensor]]:
@@ -347,6 +428,8 @@ def check(device: torch.device) -> float:
         for lengths, contexts in (([1, 1, 1], [700, 64, 5]), ([4, 16, 1], [300, 16, 90])):
             case = Paged(lengths, contexts, size=size, layers=1, device=device)
             errors.append(require(case.error(paged.paged_attention)))
+            chosen_paged = functools.partial(paged_attention, contexts=contexts)
+            errors.append(require(case.error(chosen_paged)))
         errors.append(packed_error(chosen, few, size=size, device=device)["error"])
     return max(errors)
 
@@ -372,7 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="K = 96, no flex_attention, fewer peers")
     parser.add_argument("--flex", action="store_true", help="flex_attention at every packed shape")
-    parser.add_argument("--only", nargs="+", choices=("decode", "store", "packed"), default=None)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=None)
     parser.add_argument("--sweep", action="store_true", help="launch parameters of the decode kernel as well")
     parser.add_argument("--check-only", action="store_true", help="compare with the definition, time nothing")
     options = parser.parse_args()
@@ -391,7 +474,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     sizes = (96,) if options.quick else (96, 128)
-    wanted = options.only or ("decode", "store", "packed")
+    wanted = options.only or PARTS
     rows = []
     if "decode" in wanted:
         rows += report(decode_rows(options, rate=rate, sizes=(*sizes, 64), device=device))
@@ -399,6 +482,8 @@ def main() -> None:
         rows += report(sweep_rows(rate=rate, device=device))
     if "store" in wanted:
         rows += report(store_rows(rate=rate, device=device))
+    if "prefill" in wanted:
+        rows += report(prefill_rows(options, rate=flop_rate, sizes=(*sizes, 64), device=device))
     if "packed" in wanted:
         rows += report(packed_rows(options, rate=flop_rate, sizes=sizes, device=device))
     print(json.dumps({**facts, "rows": rows}))

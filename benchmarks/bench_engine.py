@@ -155,7 +155,7 @@ def measure_model(report: Row, model: HybridModel, settings: EngineSettings, *, 
     pairs = [(batch, cases["short"]) for batch in cases["batches"]] + list(cases["long"])
     start = time.perf_counter()
     with running(model, settings) as engine:
-        for _ in engine.submit(random_prompt(engine, 16, seed=0), SamplingParams(max_tokens=1)):
+        for _ in engine.submit(random_prompt(engine, 16), SamplingParams(max_tokens=1)):
             tell(report, "start", own | {"seconds": time.perf_counter() - start})
         for length in cases["prompts"]:
             row = prefill_row(engine, model, length=length, matmul_rate=report["peak"])

@@ -259,8 +259,10 @@ def server(arguments: argparse.Namespace, log: Path) -> Any:
         "--device",
         "cpu",
     ]
+    # So little that it is full before the first minute is over, and memory is flat from then on.
+    command += ["--request-seconds", "120", "--prefix-cache-bytes", str(2**24)]
     with log.open("w") as stream:
-        process = subprocess.Popen([*command, "--request-seconds", "120"], stderr=stream, cwd=ROOT)
+        process = subprocess.Popen(command, stderr=stream, cwd=ROOT)
     try:
         while not (found := re.search(r"(http://\S+)/v1", log.read_text())):
             if process.poll() is not None:

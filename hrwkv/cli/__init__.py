@@ -28,6 +28,7 @@ from hrwkv.cli import (
     serve,
 )
 from hrwkv.cli.interrupt import INTERRUPTED, Stopped, resume_command
+from hrwkv.cli.naming import as_flags
 from hrwkv.cli.recipes import Command, apply_recipe
 from hrwkv.cli.version import version
 
@@ -102,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if len(words) < len(given):
             traceback.print_exc()
-        return _fail(describe(error, command=words[0] if words else ""), USER_ERROR)
+        line = describe(error, command=words[0] if words else "")
+        if isinstance(error, ValueError):  # of others none knows a setting
+            line = as_flags(line, flags=_flags(app, words), words=words)
+        return _fail(line, USER_ERROR)
     return code if isinstance(code, int) else 0
 
 
@@ -123,6 +127,12 @@ def describe(error: Exception, *, command: str) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}: choose another place, or make room and allow access there"
     return _line(error)
+
+
+def _flags(app: App, words: Sequence[str]) -> list[str]:
+    """Those of the command that the words name."""
+    command = app.parse_commands(words)[1][-1]
+    return [name for argument in command.assemble_argument_collection() for name in argument.names]
 
 
 def _line(error: Exception) -> str:

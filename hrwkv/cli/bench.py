@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from hrwkv.cli.display import Display
 from hrwkv.cli.loading import choose_device, open_model, open_tokenizer
@@ -47,17 +48,24 @@ def bench(
     from hrwkv.engine.engine import Engine
     from hrwkv.kernels.rates import copy_rate, matmul_rate
 
-    display = Display()
+    display = Display(Console(highlight=False, soft_wrap=True, quiet=as_json))
     device = choose_device(engine.device)
     dtype = engine.dtype if engine.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     weights = open_model(model, device=device, dtype=dtype)
     rates = {"copy": copy_rate(device), "matmul": matmul_rate(device, dtype=getattr(torch, dtype))}
-    decode, prefill = [], []
-    with Engine(weights, open_tokenizer(model), engine) as running:
+    decode: list[Row] = []
+    prefill: list[Row] = []
+    total = len(settings.batch_sizes) + len(settings.prompt_lengths)
+    with (
+        Engine(weights, open_tokenizer(model), engine) as running,
+        display.task("Measuring", total) as task,
+    ):
         for batch in settings.batch_sizes:
+            task.advance(len(decode), f"{batch} sequences")
             case = {"batch": batch, "context": settings.context, "steps": settings.steps}
             decode.append(decode_row(running, weights, engine, copy_rate=rates["copy"], **case))
         for length in settings.prompt_lengths:
+            task.advance(len(decode) + len(prefill), f"a prompt of {length}")
             prefill.append(prefill_row(running, weights, length=length, matmul_rate=rates["matmul"]))
     if as_json:
         place = {"device": device_name(device), "torch": torch.__version__, "dtype": dtype}

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeAlias
 
 from cyclopts import Parameter
 
 from hrwkv.cli.chat_server import ServerModel
-from hrwkv.cli.display import Display
+from hrwkv.cli.display import Display, visible
 from hrwkv.cli.generate import Piece, SamplingSettings, Writer
 
 EXAMPLES = """
@@ -31,8 +32,10 @@ HELP = (
     f"Type a message; lines between two lines of {BLOCK} are one.",
     "/regenerate answers again, /system TEXT gives another instruction (none without TEXT),",
     "/save FILE and /load FILE keep the conversation, /reset forgets it, /exit or Ctrl-D ends it.",
-    "Ctrl-C ends an answer.",
+    "Ctrl-C ends an answer, or drops the line that is typed; twice in a row it leaves.",
 )
+LEAVING = "Ctrl-C again, Ctrl-D or /exit leaves."
+KEEPING = "Save this conversation? A file's name, or Enter to forget it: "
 Message: TypeAlias = dict[str, str]
 
 
@@ -51,6 +54,8 @@ def chat(
         speaker = ServerModel.open(
             model, settings=settings, no_reasoning=no_reasoning, api_key_file=api_key_file
         )
+    elif re.match(r"[\w.-]+:\d+(/|$)", model) and not Path(model).exists():
+        raise ValueError(f"{model} is no directory; if it is a server, give its URL: http://{model}")
     elif api_key_file is not None:
         raise ValueError(f"--api-key-file is for a server, and {model} is none: give a URL, http://...")
     else:
@@ -59,7 +64,11 @@ def chat(
 
 
 class Speaker(Protocol):
-    """Whoever answers."""
+    """Whoever answers, in so many tokens at most."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
 
     def answer(self, messages: list[Message], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes; ``attempt`` numbers the answers. Raises ValueError if there is none."""
@@ -78,6 +87,11 @@ class LocalModel:
         writer = Writer.open(path, settings)
         return cls(writer, _chat_template(writer.tokenizer, path, no_reasoning=no_reasoning))
 
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
+        return self.writer.sampling.max_new_tokens
+
     def answer(self, messages: list[Message], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes. Raises ValueError if the template refuses the conversation."""
         ids = _prompt(self.writer.tokenizer, messages, self.template)
@@ -92,9 +106,11 @@ class Conversation:
         self._speaker, self._display, self._attempts = speaker, display, 0
         self._set_system(system or "")
         self._start = list(self.messages)
+        self._in_file = self.messages
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
+        """Until /exit, the end of the input, or Ctrl-C twice."""
+        _edit_lines()
         self._display.line("Type a message; /help says what else, /exit or Ctrl-D ends.", "dim")
         while (text := self._ask()) not in (None, "/exit"):
             assert text is not None
@@ -106,7 +122,31 @@ class Conversation:
                     self._answer([*self.messages, {"role": "user", "content": text}])
             except (ValueError, OSError) as error:
                 # The conversation goes on without the message that failed.
-                self._display.line(" ".join(str(error).split()), "red")
+                self._complain(error)
+            except KeyboardInterrupt:
+                self._display.line("interrupted", "dim")
+        self._offer_to_save()
+
+    def _offer_to_save(self) -> None:
+        """The last moment for a conversation that no file has; a pipe is not asked."""
+        is_told = any(message["role"] == "assistant" for message in self.messages)
+        if not sys.stdin.isatty() or not is_told or self.messages == self._in_file:
+            return
+        try:
+            while name := input(KEEPING).strip():
+                try:
+                    self._save(Path(name).expanduser())
+                    return
+                except (ValueError, OSError) as error:
+                    self._complain(error)
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+
+    def _complain(self, error: Exception) -> None:
+        line = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename:
+            line = f"{error.filename}: {error.strerror}"
+        self._display.line(line, "red")
 
     def _command(self, name: str, argument: str) -> None:
         """Raises ValueError for a name that is none, and for an argument too few or too many."""
@@ -114,6 +154,7 @@ class Conversation:
         plain = {"/reset": self._reset, "/regenerate": self._regenerate, "/help": self._help}
         if name == "/system":
             self._set_system(argument)
+            self._display.line(f"instruction: {argument}" if argument else "no instruction", "dim")
         elif name in with_file:
             if not argument:
                 raise ValueError(f"{name} needs a file: {name} FILE")
@@ -132,20 +173,25 @@ class Conversation:
                 self._show(piece)
                 answer += "" if piece.is_reasoning else piece.text
         except KeyboardInterrupt:
-            self._display.line(" ... interrupted", "dim")
+            self._display.line(" ... interrupted" if answer else " ... interrupted, nothing is kept", "dim")
+            if not answer:
+                return
         finally:
             self._attempts += 1
             sys.stdout.write("\n")
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         if self._display.console.is_terminal and piece.num_tokens:
             self._display.line(rate(piece.num_tokens, first - started, time.monotonic() - first), "dim")
+            if piece.num_tokens >= self._speaker.max_tokens:
+                self._display.line(f"cut off: --max-tokens is {self._speaker.max_tokens}", "dim")
 
     def _show(self, piece: Piece) -> None:
-        """Reasoning is dim; the answer goes out as it is, tabs included."""
+        """Reasoning is dim; the answer goes out as it is, tabs included, but commands a terminal nothing."""
+        text = visible(piece.text) if self._display.console.is_terminal else piece.text
         if piece.is_reasoning:
-            self._display.piece(piece.text, "dim")
+            self._display.piece(text, "dim")
         else:
-            sys.stdout.write(piece.text)
+            sys.stdout.write(text)
             sys.stdout.flush()
 
     def _regenerate(self) -> None:
@@ -154,6 +200,7 @@ class Conversation:
         self._answer(self.messages[:-1])
 
     def _reset(self) -> None:
+        self._display.line(f"{len(self.messages) - len(self._start)} messages forgotten", "dim")
         self.messages = list(self._start)
 
     def _help(self) -> None:
@@ -168,30 +215,54 @@ class Conversation:
     def _save(self, path: Path) -> None:
         if path.exists():
             read_conversation(path)  # nothing but an older conversation is written over
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is no directory: make it first, or save elsewhere")
         beside = path.with_name(f"{path.name}.part")
         beside.write_text(json.dumps({"messages": self.messages}, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, path)
+        self._in_file = self.messages
         self._display.line(f"{len(self.messages)} messages in {path}", "dim")
 
     def _load(self, path: Path) -> None:
-        self.messages = read_conversation(path)
+        self._in_file = self.messages = read_conversation(path)
         self._start = [message for message in self.messages if message["role"] == "system"]
         self._display.line(f"{len(self.messages)} messages from {path}", "dim")
 
     def _ask(self) -> str | None:
-        """The next message that is not empty; None at the end of the input."""
-        try:
-            while True:
+        """The next message that is not empty; None at the end of the input, and at Ctrl-C twice in a row."""
+        is_pressed = False
+        while True:
+            try:
                 text = input("> ").strip()
-                if text == BLOCK:
-                    lines: list[str] = []
-                    while (line := input(". ")).strip() != BLOCK:
-                        lines.append(line)
-                    text = "\n".join(lines).strip()
-                if text:
+                is_pressed = False
+                if text := _read_block() if text == BLOCK else text:
                     return text
-        except EOFError:
-            return None
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                sys.stdout.write("\n")
+                if is_pressed:
+                    return None
+                is_pressed = True
+                self._display.line(LEAVING, "dim")
+
+
+def _edit_lines() -> None:
+    """Arrow keys, earlier lines, and a paste of many lines as one message; where Python has readline."""
+    if sys.stdin.isatty() and find_spec("readline"):
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def _read_block() -> str:
+    """The lines up to the end of a block. Raises EOFError at the end of the input."""
+    lines: list[str] = []
+    while (line := input(". ")).strip() != BLOCK:
+        lines.append(line)
+    return "\n".join(lines).strip()
 
 
 def read_conversation(path: Path) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from hrwkv.cli.generate import Piece, SamplingSettings
 
 # A server that is silent for so long has gone.
 SILENCE_SECONDS = 600.0
+LONGER = "; here: a lower --max-tokens, or /reset"
+KEY_ASKED = "give --api-key-file with a file that has one of its keys"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ServerModel:
     def open(
         cls, url: str, *, settings: SamplingSettings, no_reasoning: bool, api_key_file: Path | None
     ) -> ServerModel:
-        """Ask the server at ``url`` (with or without /v1) for its model.
+        """Ask the server at ``url`` (with or without /v1 and the route) for its model.
 
         Raises ValueError if it cannot be reached, refuses, or has none.
         """
@@ -39,7 +42,8 @@ class ServerModel:
         headers = {"Content-Type": "application/json"}
         if api_key_file is not None:
             headers["Authorization"] = f"Bearer {_first_line(api_key_file)}"
-        server = cls(url.rstrip("/").removesuffix("/v1"), headers, {})
+        base = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        server = cls(base, headers, {})
         with server._request("/v1/models") as response:
             models = _json(response.read(), url).get("data")
         if not models:
@@ -57,6 +61,11 @@ class ServerModel:
         given = {name: value for name, value in fields.items() if value is not None}
         return cls(server.url, headers, given)
 
+    @property
+    def max_tokens(self) -> int:
+        """Of one answer."""
+        return int(self.fields["max_tokens"])
+
     def answer(self, messages: list[dict[str, str]], *, attempt: int) -> Iterator[Piece]:
         """The answer as it comes; the last piece has the tokens. Raises ValueError for a refusal."""
         body = {
@@ -68,12 +77,16 @@ class ServerModel:
         if "seed" in body:
             body["seed"] += attempt
         with self._request("/v1/chat/completions", body) as response:
+            line = b""
             try:
-                for line in response:
+                for line in filter(bytes.strip, response):
                     if line.startswith(b"data: {"):
                         yield from _pieces(_json(line[len(b"data: ") :], self.url))
             except (OSError, HTTPException) as error:
                 raise ValueError(f"{self.url} broke off in the answer ({error})") from error
+        # To http.client a body that is cut off between two chunks is whole.
+        if line.strip() != b"data: [DONE]":
+            raise ValueError(f"{self.url} broke off in the answer, which has no end")
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
@@ -81,11 +94,21 @@ class ServerModel:
         try:
             response: HTTPResponse = urllib.request.urlopen(request, timeout=SILENCE_SECONDS)
         except urllib.error.HTTPError as error:
-            raise ValueError(f"{self.url} refuses with {error.code}: {_refusal(error)}") from error
+            reason = KEY_ASKED if error.code == 401 else _refusal(error)
+            raise ValueError(f"{self.url} refuses with {error.code}: {reason}") from error
         except (OSError, HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise ValueError(f"{self.url} does not answer ({reason}): is the server running?") from error
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise ValueError(f"{self.url} does not answer ({cause}): {_advice(cause)}") from error
         return response
+
+
+def _advice(cause: object) -> str:
+    """What to do about a server that does not answer."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "put the file of its certificate, or of who signed it, into the variable SSL_CERT_FILE"
+    if isinstance(cause, ssl.SSLError):
+        return "does it speak http:// only?"
+    return "is it https:// that it speaks?" if isinstance(cause, HTTPException) else "is the server running?"
 
 
 def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
@@ -104,8 +127,10 @@ def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
 def _refusal(error: urllib.error.HTTPError) -> str:
     """The message of a refusal in OpenAI's form, or its standard phrase."""
     try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError):
+        found = json.loads(error.read())["error"]
+        is_full = found.get("code") == "context_length_exceeded"
+        return str(found["message"]) + (LONGER if is_full else "")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return str(error.reason)
 
 

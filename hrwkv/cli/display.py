@@ -15,6 +15,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+# Of the first 32 characters and delete, all but tab and line end stand for commands to a terminal: their
+# pictures are shown instead. The 32 behind ASCII are commands too, to some.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 # Without a terminal (a pipe, a log file) a running task says where it is this often.
 PLAIN_SECONDS = 15.0
 
@@ -113,6 +117,11 @@ class Display:
             table.add_column(name, ratio=1, overflow="fold")
         table.add_row(*(Text(text) for text in texts))
         self.console.print(table, soft_wrap=False)
+
+
+def visible(text: str) -> str:
+    """A text that is not ours, without what would move the cursor, ring, or change the terminal."""
+    return text.translate(VISIBLE)
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from hrwkv.cli.loading import open_writer
+from hrwkv.settings.checks import require
 
 if TYPE_CHECKING:
     from hrwkv.model.generate import Sampling
@@ -43,6 +44,10 @@ class SamplingSettings:
     """Numbers that the weights are held in; bfloat16 is for GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no model and no server can do."""
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
 
 
 def generate(

@@ -32,6 +32,8 @@ def serve(
 
     Ctrl-C or SIGTERM takes no new request and lets running ones finish. docs/serving.md tells every route.
     """
+    if model.is_dir() and not (model / "config.json").exists():
+        raise ValueError(f"{model} has no config.json: give the directory of a model")
     run = _import_run()
     keys = _api_keys(settings, run)
     # Before the weights, which may take minutes.

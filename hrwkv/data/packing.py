@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hrwkv.data.passkey import Filler, PasskeyTask
@@ -175,11 +176,9 @@ def next_token_labels(token_ids: Tensor, batch: TokenBatch) -> Tensor:
 
     token_ids: [T] int64, packed as `batch` says.
     """
-    labels = torch.full_like(token_ids, IGNORED_LABEL)
-    labels[:-1] = token_ids[1:]
-    ends = batch.cu_seqlens[1:][batch.cu_seqlens[1:] > 0].long()
-    labels[ends - 1] = IGNORED_LABEL
-    return labels
+    following = F.pad(token_ids, (0, 1))
+    following.index_fill_(0, batch.cu_seqlens.long(), IGNORED_LABEL)  # where a sequence begins, another ends
+    return following[1:]
 
 
 def spread_stride(rows: int) -> int:

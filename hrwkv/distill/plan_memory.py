@@ -241,7 +241,7 @@ def _linear_bytes(config: HybridConfig, width: int) -> int:
 def _backward_work(config: HybridConfig, settings: DistillSettings) -> int:
     """Buffers per token of the larger of a block's two backward passes: the recurrence's, or the MLP's."""
     width, c = _width(settings), config.num_attention_heads * config.head_dim
-    chunked = 4 + 4 * CHUNK / config.head_dim + config.head_dim / CHUNK  # W, E, B', K'; squares; dS
+    chunked = 4 + 4 * CHUNK / config.head_dim + config.head_dim / CHUNK  # W, R, B', K'; squares; dS
     recurrence = round(c * (width * (chunked + 8) + 4))
     return max(recurrence, 3 * width * config.intermediate_size) + 8 * config.hidden_size
 

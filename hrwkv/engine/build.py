@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -10,15 +11,18 @@ import torch
 
 from hrwkv.engine.core import EngineCore
 from hrwkv.engine.memory import Memory, MemorySizes
+from hrwkv.engine.prefixes import Prefixes
 from hrwkv.engine.runner import Runner
 from hrwkv.engine.scheduler import Scheduler
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.model.cache import HybridCache
+from hrwkv.model.cache import STAGING_BYTES, HostPages, HybridCache
 from hrwkv.model.modeling import HybridModel
 from hrwkv.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 CPU_CACHE_BYTES = 2**30
+# Of the host's free memory, what kept prefixes may take, and how much at most beside a GPU.
+PREFIX_SHARE, GPU_PREFIX_BYTES = 0.25, 2**33
 # Copies of a step's logits that sampling may hold at a time.
 LOGITS_COPIES = 4
 
@@ -42,7 +46,10 @@ def build_core(
     sizes: MemorySizes,
     clock: Callable[[], float] = time.monotonic,
 ) -> EngineCore:
-    """A core with memory of these sizes. Raises ValueError for a state_dtype that needs a GPU."""
+    """A core with memory of these sizes.
+
+    Raises ValueError for a state_dtype that needs a GPU, and for more host memory than can be locked.
+    """
     weight = model.lm_head.weight
     if settings.state_dtype != "float32" and not weight.is_cuda:
         raise ValueError(f"state_dtype is {settings.state_dtype}, expected float32 without a GPU")
@@ -60,10 +67,11 @@ def build_core(
     trained = model.config.max_position_embeddings
     if context > trained:
         logger.warning("contexts of up to %d tokens; the model's config says %d", context, trained)
-    runner = Runner(model, cache, sizes, max_context=context)
+    memory = Memory(sizes, swap_bytes=settings.swap_bytes, prefix_bytes=prefix_bytes(model, settings))
+    runner = Runner(model, cache, _host_pages(cache, memory), sizes=sizes, max_context=context)
     if settings.cuda_graphs != "off" and weight.is_cuda:
         runner.use_graphs(now=settings.cuda_graphs == "startup")
-    scheduler = Scheduler(Memory(sizes, swap_bytes=settings.swap_bytes), step_tokens=settings.step_tokens)
+    scheduler = Scheduler(memory, Prefixes(memory), step_tokens=settings.step_tokens)
     overlap = weight.is_cuda if settings.overlap == "auto" else settings.overlap == "on"
     return EngineCore(runner, scheduler, overlap=overlap, clock=clock)
 
@@ -83,6 +91,31 @@ def longest_context(model: HybridModel, settings: EngineSettings, *, sizes: Memo
     context = settings.max_context or model.config.max_position_embeddings
     # The last token of an answer is never read, so it takes no room.
     return context if sizes.kv_tokens is None else min(context, sizes.kv_tokens + 1)
+
+
+def prefix_bytes(model: HybridModel, settings: EngineSettings) -> int:
+    """Bytes of host memory for kept prefixes."""
+    if settings.prefix_cache_bytes is not None:
+        return settings.prefix_cache_bytes
+    most = GPU_PREFIX_BYTES if model.lm_head.weight.is_cuda else CPU_CACHE_BYTES
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # no Linux
+        return CPU_CACHE_BYTES
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(int(free * PREFIX_SHARE), most)
+
+
+def _host_pages(cache: HybridCache, memory: Memory) -> HostPages:
+    begun, page_bytes = time.monotonic(), memory.sizes.page_bytes
+    try:
+        pages = HostPages(cache, memory.num_pages, page_bytes=page_bytes, num_ready=memory.kept.total)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the host cannot give {memory.kept.total * page_bytes} bytes for kept prefixes "
+            f"({str(error).splitlines()[0]}): lower prefix_cache_bytes"
+        ) from error
+    kept, seconds = memory.kept.total * page_bytes / 2**30, time.monotonic() - begun
+    logger.info("host memory: %.1f GiB for kept prefixes (%.1f s to get it)", kept, seconds)
+    return pages
 
 
 def _budget(model: HybridModel, settings: EngineSettings) -> int:
@@ -105,7 +138,7 @@ def _budget(model: HybridModel, settings: EngineSettings) -> int:
 
 @torch.inference_mode()
 def _working_bytes(model: HybridModel, settings: EngineSettings) -> int:
-    """Bytes that the largest step takes beyond weights and cache, measured on one without a cache."""
+    """Bytes beyond weights and cache: the largest step's, measured without a cache, and those for copies."""
     device = model.lm_head.weight.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -114,7 +147,7 @@ def _working_bytes(model: HybridModel, settings: EngineSettings) -> int:
     hidden = model(tokens, TokenBatch.from_lengths([len(tokens)], device=device))
     logits = model.compute_logits(hidden[: settings.max_sequences]).float()
     peak = torch.cuda.max_memory_allocated(device) - before
-    working = peak + (LOGITS_COPIES - 1) * logits.nbytes
+    working = peak + (LOGITS_COPIES - 1) * logits.nbytes + STAGING_BYTES
     del hidden, logits
     torch.cuda.empty_cache()
     return working

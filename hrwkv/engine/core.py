@@ -72,7 +72,11 @@ class Choice:
 
 @dataclass(eq=False)
 class Job:
-    """One request while it is worked on. number: of its arrival. deadline: on the clock of ``EngineCore``."""
+    """One request while it is worked on.
+
+    number: of its arrival. deadline: on the clock of ``EngineCore``. num_reused: tokens of its prompt that an
+    earlier one has left.
+    """
 
     number: int
     prompt: list[int]
@@ -83,6 +87,7 @@ class Job:
     deadline: float = math.inf
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_generated: int = 0
+    num_reused: int = 0
     has_started: bool = False
 
 
@@ -107,10 +112,12 @@ class Histogram:
 class Totals:
     """What has happened since the start.
 
-    first_token: from a request to each choice's first token. inter_token: from token to token of one choice.
+    prompt_tokens_reused: of prompt_tokens, those that were not read again. first_token: from a request to
+    each choice's first token. inter_token: from token to token of one choice.
     """
 
     prompt_tokens: int = 0
+    prompt_tokens_reused: int = 0
     generated_tokens: int = 0
     preempted: int = 0
     first_token: Histogram = field(default_factory=Histogram)
@@ -138,8 +145,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """True while a request is unfinished or a step unread."""
-        return bool(self._jobs) or self._pending is not None
+        """True while a request is unfinished, a step unread or an answer that has ended not kept."""
+        return bool(self._jobs or self.scheduler.leaving) or self._pending is not None
 
     def add(self, job: Job) -> None:
         """Into the line with a request that fits (``Intake`` checks that)."""
@@ -170,6 +177,7 @@ class EngineCore:
         self._owners.clear()
         self.scheduler.running.clear()
         self.scheduler.waiting.clear()
+        self.scheduler.leaving.clear()
         for job in jobs.values():
             job.sink.fail(error)
 
@@ -208,7 +216,9 @@ class EngineCore:
             if not job.has_started:
                 job.has_started = True
                 self.num_queued -= 1
+                job.num_reused = piece.start
                 self.totals.prompt_tokens += len(job.prompt)
+                self.totals.prompt_tokens_reused += job.num_reused
 
     def _launch(self, plan: Plan) -> Step | Exception | None:
         if not plan.moves and not plan.pieces:
@@ -226,6 +236,8 @@ class EngineCore:
             self._recover(step.plan, error.with_traceback(None))
             return False
         now = self._clock()
+        failed = [each.sequence for each in sampled if each.failure is not None]
+        self.scheduler.confirm(step.plan, failed=failed)
         for scores in scored:
             self._add_scores(scores)
         for each in sampled:
@@ -250,6 +262,7 @@ class EngineCore:
         """Put back all that ran, as suspects; fail the request of a suspect that failed alone."""
         logger.error("a step of %d sequences failed: %s", len(plan.pieces), describe(error))
         self._runner.recover()
+        self.scheduler.drop_uncertain()
         blamed = [piece.sequence for piece in plan.pieces if piece.sequence in self.scheduler.suspects]
         for sequence in self.scheduler.doubtful():
             self.scheduler.restart(sequence)
@@ -288,7 +301,8 @@ class EngineCore:
 
     def _finish(self, job: Job, choice: Choice, reason: FinishReason, text: str = "") -> None:
         """The last event of a choice, for this reason unless its text has stopped by itself."""
-        self.scheduler.finish(choice.sequence)
+        # Of several answers at most one is continued, and what they share is kept with the prompt.
+        self.scheduler.finish(choice.sequence, keep=reason != "abort" and len(job.choices) == 1)
         del self._owners[choice.sequence]
         event = self._event(job, choice, text + choice.text.finish())
         if choice.text.is_stopped:
@@ -315,7 +329,7 @@ class EngineCore:
             tuple(job.prompt_logprobs) if choice.is_first_event and job.prompt_logprobs else None
         )
         choice.is_first_event = False
-        usage = Usage(len(job.prompt), job.num_generated)
+        usage = Usage(len(job.prompt), job.num_generated, job.num_reused)
         return Event(choice.index, text, tokens, usage, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 

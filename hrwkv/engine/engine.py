@@ -29,6 +29,7 @@ from hrwkv.engine.request import (
     EngineError,
     Event,
     FinishReason,
+    Grammar,
     QueueFullError,
     SamplingParams,
     TokenLogprob,
@@ -48,12 +49,14 @@ T = TypeVar("T")
 class EngineStats:
     """The engine at one moment; tokens, preempted and times count since the start, bytes are those in use.
 
+    prompt_tokens_reused: of prompt_tokens, those that were not read again; prefix_bytes: of host memory.
     first_token: from a request to each choice's first token; inter_token: from token to token of one choice.
     """
 
     queued: int
     running: int
     prompt_tokens: int
+    prompt_tokens_reused: int
     generated_tokens: int
     preempted: int
     first_token: Histogram
@@ -64,6 +67,7 @@ class EngineStats:
     state_slots_total: int
     state_bytes: int
     kv_bytes: int
+    prefix_bytes: int
     healthy: bool
 
 
@@ -170,6 +174,10 @@ class Engine:
             self._changed.notify()
         return request
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raise what ``submit`` would for such a form of an answer: GrammarError, ValueError."""
+        self._intake.grammars.compile(grammar)
+
     def generate(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[Answer]:
         """Whole answers in the order of the prompts, n in a row for each; waits for all.
 
@@ -200,6 +208,7 @@ class Engine:
             queued=core.num_queued + len(self._arriving),
             running=len(core.scheduler.running),
             prompt_tokens=core.totals.prompt_tokens,
+            prompt_tokens_reused=core.totals.prompt_tokens_reused,
             generated_tokens=core.totals.generated_tokens,
             preempted=core.totals.preempted,
             first_token=core.totals.first_token.copy(),
@@ -210,6 +219,7 @@ class Engine:
             state_slots_total=sizes.slots,
             state_bytes=slots * sizes.slot_bytes,
             kv_bytes=blocks * sizes.block_bytes,
+            prefix_bytes=memory.kept.used * sizes.page_bytes,
             healthy=self.is_alive,
         )
 

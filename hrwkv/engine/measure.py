@@ -109,7 +109,7 @@ def measure_decode(
     params = SamplingParams(max_tokens=length - context, temperature=0.0, ignore_eos=True)
     _wait(engine, lambda stats: not stats.running and not stats.queued)
     before = sum(engine.stats().first_token.counts)
-    requests = [engine.submit(random_prompt(engine, context, seed=row), params) for row in range(batch)]
+    requests = [engine.submit(random_prompt(engine, context), params) for _ in range(batch)]
     try:
         begun = _wait(engine, lambda stats: sum(stats.first_token.counts) == before + batch).generated_tokens
         # From just after one step's tokens to just after another's.
@@ -136,17 +136,18 @@ def measure_prefill(engine: Engine, model: HybridModel, *, length: int) -> Prefi
     """
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     times = []
-    for run in range(PREFILLS):
-        prompt = random_prompt(engine, length, seed=run)
+    for _ in range(PREFILLS):
+        prompt = random_prompt(engine, length)
         start = time.perf_counter()
         _read(engine.submit(prompt, params))
         times.append(time.perf_counter() - start)
     return Prefill(length, min(times[1:]), prefill_operations(model, length))
 
 
-def random_prompt(engine: Engine, length: int, *, seed: int) -> Sequence[int]:
-    """So many token ids."""
-    generator = torch.Generator().manual_seed(seed)
+def random_prompt(engine: Engine, length: int) -> Sequence[int]:
+    """So many token ids; never the same, of which the engine would have kept a prefix."""
+    generator = torch.Generator()
+    generator.seed()
     ids: list[int] = torch.randint(engine.model_config.vocab_size, (length,), generator=generator).tolist()
     return ids
 

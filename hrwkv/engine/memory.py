@@ -1,13 +1,14 @@
-"""Who holds which state slot and KV block: counts only, the tensors are a ``HybridCache``.
+"""Who holds which state slot, KV block and page of host memory: counts only, the tensors are ``HybridCache``
+and ``HostPages``.
 
-Full blocks of a prompt are shared by the answers to it, so blocks have reference counts; a block that is
-still written to has one owner. Left out: sharing between requests.
+Full blocks of a prompt are shared by the answers to it, and pages by kept prefixes that begin alike, so both
+have reference counts; a block that is still written to has one owner. Left out: blocks that requests share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hrwkv.model.cache import kv_bytes_per_token, state_bytes
 from hrwkv.model.config import HybridConfig
@@ -15,51 +16,56 @@ from hrwkv.settings import EngineSettings
 
 # Of the cache's bytes: more sequences than this share of states leaves would find no room for their keys.
 MAX_STATE_SHARE = 0.5
+# Of a page of host memory where no block says how large it is.
+PAGE_BYTES = 2**20
 
 
 class Pool:
-    """Numbers 0 to ``total - 1``, taken, shared and given back."""
+    """``total`` numbers from ``first`` on, taken, shared and given back."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, first: int = 0) -> None:
         self.total = total
-        self._free = list(range(total - 1, -1, -1))
-        self._owners = [0] * total
+        # There may be millions, so those that nobody has ever had are in no list.
+        self._next = first
+        self._returned: list[int] = []
+        self._owners: dict[int, int] = {}
 
     @property
     def free(self) -> int:
         """How many can be taken."""
-        return len(self._free)
+        return self.total - self.used
 
     @property
     def used(self) -> int:
         """How many have an owner."""
-        return self.total - len(self._free)
+        return len(self._owners)
 
     def take(self, count: int) -> list[int]:
-        """So many free ones, which have one owner now; there must be enough."""
-        assert 0 <= count <= len(self._free)
-        taken = [self._free.pop() for _ in range(count)]
-        for item in taken:
-            self._owners[item] = 1
+        """So many free ones in rising order, which have one owner now; there must be enough."""
+        assert 0 <= count <= self.free
+        again = min(count, len(self._returned))
+        taken = sorted(self._returned.pop() for _ in range(again))
+        taken += range(self._next, self._next + count - again)
+        self._next += count - again
+        self._owners |= dict.fromkeys(taken, 1)
         return taken
 
     def share(self, items: Iterable[int]) -> None:
         """One owner more for each."""
         for item in items:
-            assert self._owners[item] > 0
             self._owners[item] += 1
 
     def num_unshared(self, items: Iterable[int]) -> int:
         """How many of them have one owner."""
-        return sum(self._owners[item] == 1 for item in items)
+        return sum(self._owners.get(item) == 1 for item in items)
 
     def release(self, items: Iterable[int]) -> None:
         """One owner less for each; without any it is free."""
         for item in items:
-            assert self._owners[item] > 0
             self._owners[item] -= 1
             if not self._owners[item]:
-                self._free.append(item)
+                del self._owners[item]
+                self._returned.append(item)
 
 
 @dataclass(frozen=True)
@@ -117,19 +123,54 @@ class MemorySizes:
         """Tokens whose keys and values fit; None without attention layers, where any number does."""
         return self.blocks * self.block_size if self.block_bytes else None
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of host memory: a block of keys and values, or without those a part of a state."""
+        return self.block_bytes or min(self.slot_bytes, PAGE_BYTES)
+
+    @property
+    def state_pages(self) -> int:
+        """Pages that a state fills."""
+        return -(-self.slot_bytes // self.page_bytes)
+
+
+@dataclass(eq=False)
+class Saved:
+    """A sequence's memory on the host: pages of its state, and one for each of its blocks.
+
+    Several answers to one prompt may start from one copy. is_certain: the step that made it did not fail.
+    """
+
+    state: list[int]
+    blocks: list[int]
+    owners: int = 1
+    is_certain: bool = field(default=False, init=False)
+
+    @property
+    def pages(self) -> list[int]:
+        """All of them."""
+        return [*self.state, *self.blocks]
+
 
 class Memory:
-    """The slots and blocks of one cache, and the bytes of host memory for sequences put aside."""
+    """The slots and blocks of one cache, and pages of host memory: for sequences put aside (``swap``) and for
+    ``kept`` prefixes."""
 
-    def __init__(self, sizes: MemorySizes, *, swap_bytes: int) -> None:
+    def __init__(self, sizes: MemorySizes, *, swap_bytes: int, prefix_bytes: int = 0) -> None:
         self.sizes = sizes
         self.slots, self.blocks = Pool(sizes.slots), Pool(sizes.blocks)
-        self.swap_free = swap_bytes
+        self.kept = Pool(prefix_bytes // sizes.page_bytes)
+        self.swap = Pool(swap_bytes // sizes.page_bytes, first=self.kept.total)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of host memory."""
+        return self.swap.total + self.kept.total
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that so many tokens of one sequence fill."""
         return -(-tokens // self.sizes.block_size) if self.sizes.block_bytes else 0
 
-    def saved_bytes(self, tokens: int) -> int:
-        """Bytes of a sequence of so many tokens in host memory."""
-        return self.sizes.slot_bytes + self.blocks_for(tokens) * self.sizes.block_bytes
+    def pages_for(self, tokens: int) -> int:
+        """Pages of a sequence of so many tokens in host memory."""
+        return self.sizes.state_pages + self.blocks_for(tokens)

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
-MAX_LOGPROBS, MAX_CHOICES, MAX_STOPS = 20, 128, 16
+# Stop texts: a client's, the model's own, and the tag that closes its reasoning.
+MAX_LOGPROBS, MAX_CHOICES, MAX_STOPS = 20, 128, 64
 
 
 class EngineError(RuntimeError):
@@ -153,10 +154,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request so far: prompt, and generated over all its choices."""
+    """Tokens of a request so far: prompt, and generated over all its choices.
+
+    cached_tokens: of the prompt, those that an earlier request has left, so that they were not read again.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

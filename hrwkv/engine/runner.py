@@ -2,7 +2,7 @@
 
 ``launch`` only hands work to the device and ``Step.read`` waits for it, so that the step after it can be
 prepared meanwhile: a sequence's last token stays on the device, by its slot, where the next step finds it
-before the host does. Swapping a sequence to the host is the one move that waits.
+before the host does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hrwkv.engine.sampling import (
 )
 from hrwkv.engine.scheduler import Clear, Copy, Load, Piece, Plan, Save, Sequence
 from hrwkv.layers.batch import TokenBatch
-from hrwkv.model.cache import HybridCache
+from hrwkv.model.cache import HostPages, HybridCache
 from hrwkv.model.modeling import HybridModel
 
 logger = logging.getLogger(__name__)
@@ -121,9 +121,15 @@ class Runner:
     """A model with its cache; called by one thread."""
 
     def __init__(
-        self, model: HybridModel, cache: HybridCache, sizes: MemorySizes, *, max_context: int
+        self,
+        model: HybridModel,
+        cache: HybridCache,
+        pages: HostPages,
+        *,
+        sizes: MemorySizes,
+        max_context: int,
     ) -> None:
-        self.model, self._cache, self._sizes = model, cache, sizes
+        self.model, self._cache, self._pages, self._sizes = model, cache, pages, sizes
         self.device = model.lm_head.weight.device
         width = -(-max_context // sizes.block_size) if sizes.block_bytes else 1
         # The last row belongs to nobody: the padding of a CUDA graph reads and writes it.
@@ -164,7 +170,9 @@ class Runner:
             logits = self._logits(pieces, step)
             if drawn:
                 self._sample(logits, drawn, step)
-        step.close(self.device)
+        step.close(self.device)  # before the copies, for which nobody's token has to wait
+        for save in plan.keeps.values():
+            self._move(save)
         return step
 
     def recover(self) -> None:
@@ -181,10 +189,9 @@ class Runner:
             case Copy(slot, to, blocks):
                 self._cache.copy_sequence(slot, to, blocks=blocks)
             case Save(saved, slot, blocks):
-                saved.snapshot = self._cache.save(slot, blocks)
+                self._pages.save(slot, state=saved.state, blocks=blocks)
             case Load(saved, slot, blocks):
-                assert saved.snapshot is not None
-                self._cache.load(saved.snapshot, slot, blocks=blocks)
+                self._pages.load(slot, state=saved.state, blocks=blocks)
 
     def _update_tables(self, pieces: list[Piece]) -> None:
         """Bring the block tables of sequences that have new blocks up to date, on the host and the device."""

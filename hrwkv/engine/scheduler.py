@@ -3,8 +3,9 @@
 New ones come in while a slot, and blocks for all that they already hold, are free; one of a higher priority
 puts others aside for that. Then everybody continues, best first: each its next token, prompts with the rest
 of the token budget. Who finds no KV block takes those of the worst, which is put aside: its memory copied to
-the host, or computed again. Best is the lowest priority number, then the earliest. Left out: reordering the
-line by length.
+the host, or computed again. Best is the lowest priority number, then the earliest. Who comes in with nothing
+computed starts from the longest kept prefix of its tokens, if there is one; prompts and answers are kept at
+their ends. Left out: reordering the line by length.
 
 Sequences are decided about before their last token is known (``in_flight``): only its place counts here.
 """
@@ -12,21 +13,13 @@ Sequences are decided about before their last token is known (``in_flight``): on
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from hrwkv.engine.grammar import GrammarState
-from hrwkv.engine.memory import Memory
+from hrwkv.engine.memory import Memory, Saved
+from hrwkv.engine.prefixes import Prefixes
 from hrwkv.engine.sampling import SequenceSampling
-from hrwkv.model.cache import Snapshot
-
-
-@dataclass(eq=False)
-class Saved:
-    """A sequence's memory on the host; several answers to one prompt may start from one copy."""
-
-    num_bytes: int
-    owners: int = 1
-    snapshot: Snapshot | None = None
 
 
 @dataclass(eq=False)
@@ -38,7 +31,8 @@ class Sequence:
     so it waits until that is read. sampling: how its tokens are drawn. prompt_scores: prompt_logprobs of its
     request, if this is the answer that collects them. siblings: answers to the same prompt that start from
     this one's memory, once the prompt but for its last token is computed. num_computed: tokens whose keys and
-    states are stored. in_flight: sampled tokens that are not read yet.
+    states are stored. in_flight: sampled tokens that are not read yet. fork: where it leaves what others have
+    read, so that it is kept up to there.
     """
 
     key: tuple[int, int, int]
@@ -51,6 +45,7 @@ class Sequence:
     num_prompt: int = field(init=False)
     num_computed: int = 0
     in_flight: int = 0
+    fork: int | None = None
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     saved: Saved | None = None
@@ -67,7 +62,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that a forward has to read before the next one can be sampled, or siblings can start."""
-        return (self.num_prompt - 1 if self.siblings else self.length) - self.num_computed
+        return (self.prompt_end if self.siblings else self.length) - self.num_computed
+
+    @property
+    def prompt_end(self) -> int:
+        """Tokens of the prompt that are computed before it has a first token or siblings."""
+        return self.num_prompt - bool(self.siblings)
 
     @property
     def is_ready(self) -> bool:
@@ -93,11 +93,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class Save:
-    """Copy a slot and blocks to the host."""
+    """Copy a slot, and blocks in pairs of block and page, to the host."""
 
     saved: Saved
     slot: int
-    blocks: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Load:
 
     saved: Saved
     slot: int
-    blocks: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ class Piece:
 
 @dataclass
 class Plan:
-    """One step: moves of memory in their order, then the pieces of one forward."""
+    """One step: moves of memory in their order, the pieces of one forward, then the prefixes to keep."""
 
     moves: list[Clear | Copy | Save | Load] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    keeps: dict[Sequence, Save] = field(default_factory=dict)
     num_preempted: int = 0
 
     @property
@@ -144,14 +145,16 @@ class Plan:
 class Scheduler:
     """The waiting line, the running sequences, and the memory that they hold.
 
-    suspects: sequences of a step that failed, until each has got one token further.
+    suspects: sequences of a step that failed, until each has got one token further. leaving: what the next
+    step copies first, of answers that have ended.
     """
 
-    def __init__(self, memory: Memory, *, step_tokens: int) -> None:
-        self.memory, self.step_tokens = memory, step_tokens
+    def __init__(self, memory: Memory, prefixes: Prefixes, *, step_tokens: int) -> None:
+        self.memory, self.prefixes, self.step_tokens = memory, prefixes, step_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.suspects: list[Sequence] = []
+        self.leaving: list[Save] = []
 
     def add(self, sequence: Sequence) -> None:
         """Into the line, behind its betters."""
@@ -159,7 +162,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Decide on one step. After a failure the suspects run alone, one after the other, until cleared."""
-        plan = Plan()
+        plan = Plan([*self.leaving])
+        self.leaving.clear()
         suspect = self.suspects[0] if self.suspects else None
         for sequence in self.running.copy():
             if sequence.siblings and not sequence.remaining:
@@ -175,14 +179,30 @@ class Scheduler:
         sequence.tokens.append(token)
         sequence.in_flight -= 1
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free what it holds."""
+    def finish(self, sequence: Sequence, *, keep: bool = False) -> None:
+        """Take a sequence out, wherever it is, and free what it holds; keep: as a prefix, if it has run."""
         sequence.is_finished = True
+        if keep and sequence.slot is not None and (save := self._keep(sequence)) is not None:
+            self.leaving.append(save)
         self._leave(sequence)
+
+    def confirm(self, plan: Plan, *, failed: Collection[Sequence]) -> None:
+        """A step was read: what it has copied can be trusted, but of those that failed in it."""
+        for move in [*plan.moves, *plan.keeps.values()]:
+            if isinstance(move, Save):
+                move.saved.is_certain = True
+        for sequence in failed:
+            if sequence in plan.keeps:
+                self.prefixes.drop(plan.keeps[sequence].saved)
+
+    def drop_uncertain(self) -> None:
+        """A step failed: forget the prefixes that it may have left half-written."""
+        self.prefixes.drop_uncertain()
+        self.leaving.clear()
 
     def doubtful(self) -> list[Sequence]:
         """Those whose memory, or copy of it, a failed step may have left half-written."""
-        unsaved = [one for one in self.waiting if one.saved is not None and one.saved.snapshot is None]
+        unsaved = [one for one in self.waiting if one.saved is not None and not one.saved.is_certain]
         unread = [one for one in self.waiting if one.in_flight]
         return [*self.running, *dict.fromkeys([*unsaved, *unread])]
 
@@ -212,9 +232,13 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             if sequence.remaining == 1:
                 count = 1  # its place is reserved
+            if sequence.fork is not None and sequence.num_computed < sequence.fork:
+                count = min(count, sequence.fork - sequence.num_computed)
             if count and self._grow(sequence, plan):
                 budget -= count if sequence.remaining > 1 else 0
                 plan.add(sequence, count)
+                if sequence.num_computed in (sequence.fork, sequence.prompt_end):
+                    self._keep_in(plan, sequence)
 
     def _grow(self, sequence: Sequence, plan: Plan) -> bool:
         """Give it a block for its next token, at the cost of the worst; False if it is the worst itself.
@@ -272,12 +296,40 @@ class Scheduler:
         memory, length = self.memory, sequence.length
         (sequence.slot,) = memory.slots.take(1)
         sequence.blocks = memory.blocks.take(memory.blocks_for(length))
-        if sequence.saved is None:
+        saved = sequence.saved or self._find(sequence)
+        if saved is None:
             plan.moves.append(Clear(sequence.slot))
             return
-        used = memory.blocks_for(sequence.num_computed)
-        plan.moves.append(Load(sequence.saved, sequence.slot, tuple(sequence.blocks[:used])))
+        pairs = zip(sequence.blocks, saved.blocks, strict=False)  # it has more
+        plan.moves.append(Load(saved, sequence.slot, tuple(pairs)))
         self._drop_saved(sequence)
+
+    def _find(self, sequence: Sequence) -> Saved | None:
+        """The kept prefix that a sequence with nothing computed starts from; its last token is read anyway.
+
+        A suspect computes everything itself, and so does who needs the logits of every token.
+        """
+        sequence.fork = None
+        if sequence in self.suspects or sequence.prompt_scores is not None:
+            return None
+        found = self.prefixes.find(sequence.tokens[:-1])
+        sequence.num_computed, sequence.fork = found.length, found.fork
+        return found.saved
+
+    def _keep(self, sequence: Sequence) -> Save | None:
+        """Room on the host for what is computed of a sequence, and how it is copied there."""
+        assert sequence.slot is not None
+        if sequence.prompt_scores is not None:  # a text to score, which nobody will continue
+            return None
+        kept = self.prefixes.keep(sequence.tokens[: sequence.num_computed])
+        if kept is None:
+            return None
+        saved, known = kept
+        return Save(saved, sequence.slot, tuple(zip(sequence.blocks, saved.blocks, strict=False))[known:])
+
+    def _keep_in(self, plan: Plan, sequence: Sequence) -> None:
+        if (save := self._keep(sequence)) is not None:
+            plan.keeps[sequence] = save
 
     def _preempt(self, sequence: Sequence, plan: Plan) -> None:
         """Put a sequence aside: its memory to the host if there is room, otherwise it is computed again."""
@@ -291,14 +343,15 @@ class Scheduler:
         plan.num_preempted += 1
 
     def _save(self, sequence: Sequence, plan: Plan) -> Saved | None:
-        num_bytes = self.memory.saved_bytes(sequence.num_computed)
-        if num_bytes > self.memory.swap_free:
+        memory = self.memory
+        count = memory.pages_for(sequence.num_computed)
+        if count > memory.swap.free:
             return None
         assert sequence.slot is not None
-        self.memory.swap_free -= num_bytes
-        saved = Saved(num_bytes)
-        used = sequence.blocks[: self.memory.blocks_for(sequence.num_computed)]
-        plan.moves.append(Save(saved, sequence.slot, tuple(used)))
+        pages = memory.swap.take(count)
+        saved = Saved(pages[: memory.sizes.state_pages], pages[memory.sizes.state_pages :])
+        pairs = zip(sequence.blocks, saved.blocks, strict=False)  # it may have one for the next token
+        plan.moves.append(Save(saved, sequence.slot, tuple(pairs)))
         return saved
 
     def _free(self, sequence: Sequence) -> None:
@@ -311,7 +364,7 @@ class Scheduler:
         if sequence.saved is not None:
             sequence.saved.owners -= 1
             if not sequence.saved.owners:
-                self.memory.swap_free += sequence.saved.num_bytes
+                self.memory.swap.release(sequence.saved.pages)
             sequence.saved = None
 
     def _fork(self, stem: Sequence, plan: Plan) -> None:

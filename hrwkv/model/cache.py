@@ -1,11 +1,13 @@
 """``HybridCache``: the memory of a hybrid, a state pool and paged KV; its bytes; no policy, no bookkeeping.
 
 Who owns which slot and block is told by a ``TokenBatch``; who may have one is the engine's decision.
+``HostPages`` hold copies of sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor
 from hrwkv.model.config import LINEAR, HybridConfig
 
 STATE_ITEMSIZE = 4  # The state is fp32 whatever the weights are.
+# Pages are allocated so many bytes at a time: torch rounds page-locked memory up to a power of two.
+SLAB_BYTES = 2**27
+# Bytes on the device through which copies to and from the host pass.
+STAGING_BYTES = 2**26
 
 
 def state_bytes(layers: int, *, num_heads: int, head_dim: int) -> int:
@@ -24,18 +30,6 @@ def state_bytes(layers: int, *, num_heads: int, head_dim: int) -> int:
 def kv_bytes_per_token(layers: int, *, num_kv_heads: int, head_dim: int, itemsize: int = 2) -> int:
     """Bytes of one token's keys and values in so many attention layers; itemsize: of an element (2: bf16)."""
     return layers * 2 * num_kv_heads * head_dim * itemsize
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of one sequence's memory: state [L, H, K, K], keys and values [L, blocks, block_size, H_kv, K].
-
-    L counts the layers of that kind; None where there are none.
-    """
-
-    state: Tensor | None
-    keys: Tensor | None
-    values: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -92,32 +86,112 @@ class HybridCache:
         if pairs:
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
-    def save(self, slot: int, blocks: Sequence[int]) -> Snapshot:
-        """A copy of one sequence's memory in the host's memory; waits for the device."""
 
-        rows = torch.tensor(blocks, dtype=torch.int64)
-        return Snapshot(
-            state=torch.stack([state[slot] for state in self.state]).cpu() if self.state else None,
-            keys=_gather(self.k_cache, rows),
-            values=_gather(self.v_cache, rows),
-        )
+class HostPages:
+    """Copies of sequences in the host's memory, in pages of one size; who owns which is told from outside.
 
-    def load(self, snapshot: Snapshot, slot: int, *, blocks: Sequence[int]) -> None:
-        """Write a saved sequence into a slot and as many blocks as it had."""
-        if snapshot.state is not None:
-            for state, part in zip(self.state, snapshot.state.to(self.state[0].device), strict=True):
-                state[slot] = part
-        rows = torch.tensor(blocks, dtype=torch.int64)
-        for pools, saved in ((self.k_cache, snapshot.keys), (self.v_cache, snapshot.values)):
-            if saved is not None:
-                device = pools[0].device
-                for pool, part in zip(pools, saved.to(device), strict=True):
-                    pool[rows.to(device)] = part
+    A page holds the keys and values of one block in every attention layer; a state fills as many as it needs.
+    Beside a GPU the pages are locked, which takes as long as ten copies, so each is locked only once. No copy
+    makes the host wait: what leaves is gathered on the device and copied in a stream of its own, while later
+    steps compute; what comes back waits for that stream, on the device.
+    """
 
+    def __init__(self, cache: HybridCache, count: int, *, page_bytes: int, num_ready: int = 0) -> None:
+        """Room for ``count`` pages of ``page_bytes``: a block's, or any without attention layers.
 
-def _gather(pools: Sequence[Tensor], rows: Tensor) -> Tensor | None:
-    """Rows of every pool on the host, [L, rows, ...]; None without pools."""
-    if not pools:
-        return None
-    rows = rows.to(pools[0].device)
-    return torch.stack([pool[rows] for pool in pools]).cpu()
+        num_ready: the first pages, which beside a GPU are locked now; others when they are first written to.
+        Raises RuntimeError if the host cannot lock so much.
+        """
+        self._cache, self._page_bytes = cache, page_bytes
+        self._pools = (*cache.k_cache, *cache.v_cache)
+        some = (*cache.state, *self._pools)[0]
+        self._is_pinned = some.is_cuda
+        self._stream = torch.cuda.Stream(some.device) if self._is_pinned else None
+        self._per_slab = max(1, SLAB_BYTES // page_bytes)
+        self._count = count
+        self._slabs: dict[int, Tensor] = {}
+        # Through these rows on the device everything passes, a whole state at once.
+        state = sum(each[0].nbytes for each in cache.state)
+        rows = min(count, max(-(-state // page_bytes), STAGING_BYTES // page_bytes, 1))
+        self._staging = torch.empty((rows, page_bytes), dtype=torch.uint8, device=some.device)
+        if self._is_pinned:
+            for number in range(-(-num_ready // self._per_slab)):
+                self._slab(number)
+
+    def save(self, slot: int, *, state: Sequence[int], blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy a slot's state to the pages ``state``, and of each pair the block to the page."""
+        if state:
+            self._wait_for_copies()
+            torch.stack([each[slot] for each in self._cache.state], out=self._as_state())
+            self._send(state)
+        for pairs in self._parts(blocks):
+            self._wait_for_copies()
+            rows = self._rows(block for block, _ in pairs)
+            for place, pool in enumerate(self._pools):
+                self._as_blocks()[: len(pairs), place] = pool[rows]
+            self._send([page for _, page in pairs])
+
+    def load(self, slot: int, *, state: Sequence[int], blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy pages back: to a slot's state, and to each pair's block."""
+        self._wait_for_copies()
+        if state:
+            self._fetch(state)
+            torch._foreach_copy_([each[slot] for each in self._cache.state], list(self._as_state()))
+        for pairs in self._parts(blocks):
+            self._fetch([page for _, page in pairs])
+            rows = self._rows(block for block, _ in pairs)
+            for place, pool in enumerate(self._pools):
+                pool[rows] = self._as_blocks()[: len(pairs), place]
+
+    def _parts(self, blocks: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+        """As many at a time as there are rows to pass through."""
+        size = len(self._staging)
+        return (blocks[begin : begin + size] for begin in range(0, len(blocks), size))
+
+    def _as_state(self) -> Tensor:
+        """The first rows as a state [L, H, K, K]."""
+        like = self._cache.state[0]
+        shape = (len(self._cache.state), *like.shape[1:])
+        return self._staging.view(-1)[: math.prod(shape) * like.itemsize].view(like.dtype).view(shape)
+
+    def _as_blocks(self) -> Tensor:
+        """The rows as blocks [rows, 2 L, block_size, H_kv, K]: all keys, then all values."""
+        like = self._pools[0]
+        return self._staging.view(like.dtype).view(-1, len(self._pools), *like.shape[1:])
+
+    def _rows(self, blocks: Iterable[int]) -> Tensor:
+        rows = torch.tensor(list(blocks), dtype=torch.int64)
+        return rows.pin_memory().to(self._staging.device, non_blocking=True) if self._is_pinned else rows
+
+    def _wait_for_copies(self) -> None:
+        """Begin nothing on the device before what leaves has left."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._staging.device).wait_stream(self._stream)
+
+    def _send(self, pages: Sequence[int]) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._staging.device))
+        with torch.cuda.stream(self._stream):  # None: no other one
+            for rows, kept in self._runs(pages):
+                kept.copy_(rows, non_blocking=True)
+
+    def _fetch(self, pages: Sequence[int]) -> None:
+        for rows, kept in self._runs(pages):
+            rows.copy_(kept, non_blocking=True)
+
+    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows on the device with the pages that belong to them, neighbours together."""
+        begin = 0
+        for end in range(1, len(pages) + 1):
+            if end == len(pages) or pages[end] != pages[end - 1] + 1 or not pages[end] % self._per_slab:
+                slab, first = divmod(pages[begin], self._per_slab)
+                yield self._staging[begin:end], self._slab(slab)[first : first + end - begin]
+                begin = end
+
+    def _slab(self, number: int) -> Tensor:
+        """Pages that are allocated together."""
+        if number not in self._slabs:
+            rows = min(self._per_slab, self._count - number * self._per_slab)
+            shape = (rows, self._page_bytes)
+            self._slabs[number] = torch.empty(shape, dtype=torch.uint8, pin_memory=self._is_pinned)
+        return self._slabs[number]

@@ -9,19 +9,23 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hrwkv.server.errors import ApiError
+from hrwkv.server.errors import ApiError, refusal
 from hrwkv.server.metrics import Metrics
 from hrwkv.server.service import Service
+from hrwkv.server.stream import DONE, EVENTS, event
 
 logger = logging.getLogger(__name__)
 # Probes have no key.
 OPEN_PATHS = {"/health", "/ready"}
 # For a whole body to come.
 BODY_SECONDS = 60.0
+# For what is left of a body that is refused.
+DRAIN_SECONDS = 2.0
 
 
 class Gate:
@@ -44,19 +48,21 @@ class Gate:
             # Only known paths are labels: what clients make up must not fill the memory.
             self._metrics.count(getattr(scope.get("route"), "path", "other"), status)
 
-        is_begun = False
+        is_begun = is_stream = False
 
         async def counting_send(message: Message) -> None:
-            nonlocal is_begun
+            nonlocal is_begun, is_stream
             if message["type"] == "http.response.start":
                 is_begun = True
+                is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENTS)
                 count(message["status"])
             await send(message)
 
         try:
             self._check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, counting_send)
+            await _drain(scope, receive)
+            await refusal(scope["path"], error)(scope, receive, counting_send)
             return
         try:
             await self._app(scope, self._limited(receive), counting_send)
@@ -67,6 +73,9 @@ class Gate:
             logger.warning("cut off an answer of %s: the server stops", scope["path"])
             if not is_begun:
                 await _stopping().response()(scope, receive, counting_send)
+            elif is_stream:
+                end = event(_stopping().body()) + DONE
+                await counting_send({"type": "http.response.body", "body": end})
         except Exception:
             count(500)  # Starlette answers it outside of here
             raise
@@ -113,6 +122,19 @@ class Gate:
     def _too_large(self, came: str) -> ApiError:
         limit = self._service.settings.max_body_bytes
         return ApiError(413, f"the body has {came}, expected at most {limit}", code="body_too_large")
+
+
+async def _drain(scope: Scope, receive: Receive) -> None:
+    """Drop a body that still comes, for a while: many clients read no answer before they have sent it all.
+
+    One that waits for leave to send is not given it.
+    """
+    if "expect" in Headers(scope=scope):
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _stopping() -> ApiError:

@@ -91,7 +91,7 @@ async def _submit(body: ChatRequest, service: Service, params: SamplingParams) -
     tokens = await service.encode(rendered.text + prefix, special=False, param="messages")
     if not tokens:
         raise ApiError(400, "the conversation has no tokens: give a message", param="messages")
-    return await service.submit(tokens, params, priority=priority), reading
+    return await service.submit(tokens, params, priority=priority, param="messages"), reading
 
 
 def _with_reasoning(body: ChatRequest, rendered: Rendered, params: SamplingParams) -> tuple[Rendered, bool]:
@@ -115,7 +115,7 @@ async def _pieces(answer: Answer, reading: Reading, logprobs: Logprobs | None) -
             yield Piece(_choice(event.index, {"role": "assistant", "content": ""}), 0, event.usage)
         choice = choices[event.index]
         delta = choice.read(event)
-        scores = {"content": logprobs.chat(event.logprobs)} if logprobs and event.logprobs else None
+        scores = _scores(logprobs.chat(event.logprobs)) if logprobs and event.logprobs else None
         if delta or scores:
             yield Piece(_choice(event.index, delta, logprobs=scores), 0, event.usage)
         if event.finish_reason:
@@ -124,6 +124,11 @@ async def _pieces(answer: Answer, reading: Reading, logprobs: Logprobs | None) -
             )
             last = _choice(event.index, {}, finish_reason=finish, stop_reason=event.stop_reason)
             yield Piece(last, 0, event.usage)
+
+
+def _scores(content: list[dict[str, Any]]) -> dict[str, Any]:
+    """OpenAI's form, whose clients may count on the field that a refusal would be in."""
+    return {"content": content, "refusal": None}
 
 
 def _choice(
@@ -179,8 +184,10 @@ def fold(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The choices of a whole answer from those of its chunks."""
     choices: dict[int, dict[str, Any]] = {}
     for piece in pieces:
-        empty = {"index": piece["index"], "message": {"role": "assistant", "content": ""}, "logprobs": None}
-        whole = choices.setdefault(piece["index"], empty)
+        empty = {"role": "assistant", "content": "", "refusal": None}
+        whole = choices.setdefault(
+            piece["index"], {"index": piece["index"], "message": empty, "logprobs": None}
+        )
         message, delta = whole["message"], piece["delta"]
         for name in ("content", "reasoning_content"):
             if name in delta:
@@ -189,8 +196,8 @@ def fold(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             own = {name: value for name, value in call.items() if name != "index"}
             message.setdefault("tool_calls", []).append(own)
         if piece["logprobs"] is not None:
-            so_far = whole["logprobs"] or {"content": []}
-            whole["logprobs"] = {"content": so_far["content"] + piece["logprobs"]["content"]}
+            so_far = whole["logprobs"] or _scores([])
+            whole["logprobs"] = _scores(so_far["content"] + piece["logprobs"]["content"])
         whole["finish_reason"], whole["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
     for whole in choices.values():
         # OpenAI's null beside a call that nothing was said with.

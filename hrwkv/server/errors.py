@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,7 +31,9 @@ TYPES = {
 OTHER_TYPE = "invalid_request_error"
 RETRY_SECONDS = "1"
 # A client's own text comes back in some messages; no more of it than a line holds.
-MAX_MESSAGE, MAX_NAME = 500, 60
+MAX_MESSAGE = 500
+# Of pydantic's error as of the answer.
+UNSUPPORTED = "unsupported_field"
 
 
 class ApiError(HTTPException):
@@ -104,32 +105,41 @@ def refusing(param: str | None = None) -> Iterator[None]:
     """Turn a ValueError about what the client sent into a 400 about ``param``."""
     try:
         yield
-    except CapacityError as error:
+    except GrammarError as error:  # not about the prompt, and of fields that ask for a form there are several
         raise api_error(error) from error
+    except CapacityError as error:
+        found = api_error(error)
+        found.param = param
+        raise found from error
     except ValueError as error:
         raise ApiError(400, " ".join(str(error).split()), param=param) from error
+
+
+def refusal(path: str, error: ApiError) -> Response:
+    """The answer, and its line in the log.
+
+    Without its message, where a client's own text may stand; path and field are theirs too, so quoted.
+    """
+    reason = error.code or TYPES.get(error.status_code, OTHER_TYPE)
+    about = f" {error.param!r}" if error.param else ""
+    logger.info("refused %r: %d %s%s", path, error.status_code, reason, about)
+    return error.response()
 
 
 def install(app: FastAPI) -> None:
     """Make every error of the app an ApiError's answer."""
 
-    def answer(request: Request, error: ApiError) -> Response:
-        # Not its message, where a client's own text may stand; path and field are theirs too, so quoted.
-        reason = error.code or TYPES.get(error.status_code, OTHER_TYPE)
-        about = f" {error.param!r}" if error.param else ""
-        logger.info("refused %r: %d %s%s", request.url.path, error.status_code, reason, about)
-        return error.response()
-
     async def refuse(request: Request, error: Exception) -> Response:
-        return answer(request, api_error(error))
+        return refusal(request.url.path, api_error(error))
 
     async def refuse_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return answer(request, error if isinstance(error, ApiError) else _framework_error(request, error))
+        own = error if isinstance(error, ApiError) else _framework_error(request, error)
+        return refusal(request.url.path, own)
 
     async def refuse_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return answer(request, _body_error(error.errors()))
+        return refusal(request.url.path, _body_error(error.errors()))
 
     app.add_exception_handler(EngineError, refuse)
     app.add_exception_handler(CapacityError, refuse)
@@ -154,7 +164,9 @@ def _framework_error(request: Request, error: HTTPException) -> ApiError:
 
 def _body_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """One line about the first field that is wrong; one that takes several forms has a complaint of each."""
-    places = [[str(part) for part in error["loc"] if part != "body"] for error in errors]
+    if unsupported := [error for error in errors if error["type"] == UNSUPPORTED]:
+        return _unsupported(unsupported[0])
+    places = [_place(error) for error in errors]
     if errors[0]["type"] == "json_invalid":
         reason = errors[0].get("ctx", {}).get("error", "it cannot be read")
         return ApiError(422, f"the body is not JSON: {reason}")
@@ -171,9 +183,14 @@ def _complaint(error: Mapping[str, Any]) -> str:
     return message[0].lower() + message[1:]
 
 
-def unknown_field(name: str, known: Sequence[str]) -> ApiError:
-    """A field that would change the answer's meaning and is not supported."""
-    name = name[:MAX_NAME]
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "leave it out"
-    return ApiError(400, f"field {name!r} is not supported: {hint}", param=name, code="unsupported_field")
+def _unsupported(error: Mapping[str, Any]) -> ApiError:
+    """A field that would change the answer's meaning and is not supported; see ``schemas.Body``."""
+    name, where = error["ctx"]["name"], _place(error)
+    message = f"{'.'.join(where)}: {error['msg']}" if where else str(error["msg"])
+    return ApiError(400, message, param=where[0] if where else name, code=UNSUPPORTED)
+
+
+def _place(error: Mapping[str, Any]) -> list[str]:
+    """Where in the body, without pydantic's names for the forms that a field may have."""
+    parts = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
+    return [str(part) for part in parts if isinstance(part, int) or part.isidentifier() and part.islower()]

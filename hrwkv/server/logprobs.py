@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hrwkv.engine.request import TokenLogprob
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be.
 IMPOSSIBLE = -9999.0
 CACHED_TEXTS = 2**16
+# How vocabularies spell a byte: those with byte fallback, and those on the level of bytes.
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Logprobs:
     """Both forms for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
         self._text = lru_cache(CACHED_TEXTS)(lambda token: str(tokenizer.decode([token])))
 
     def completion(self, given: Sequence[TokenLogprob], *, offset: int) -> dict[str, list[Any]]:
@@ -57,9 +63,16 @@ class Logprobs:
 
     def _chat_entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
-        # A part of a character has no text, so its bytes are not known here.
-        whole = "\N{REPLACEMENT CHARACTER}" not in text
-        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode()) if whole else None}
+        return {"token": text, "logprob": _number(logprob), "bytes": self._bytes(token, text)}
+
+    def _bytes(self, token: int, text: str) -> list[int] | None:
+        """Those of the text, or of the part of a character that the token is; None if they are unknown."""
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return list(text.encode())
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if found := BYTE.fullmatch(piece):
+            return [int(found[1], 16)]
+        return [LETTERS[letter] for letter in piece] if LETTERS.keys() >= set(piece) else None
 
 
 def _number(value: float | None) -> float | None:

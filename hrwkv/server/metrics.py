@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Field of EngineStats -> what it is.
 COUNTERS = {
-    "prompt_tokens": "Tokens of prompts that were read",
+    "prompt_tokens": "Tokens of prompts",
+    "prompt_tokens_reused": "Tokens of prompts that were kept from an earlier request, and not read again",
     "generated_tokens": "Tokens that were generated",
     "preempted": "Sequences that were put aside to make room",
 }
@@ -30,6 +31,7 @@ GAUGES = {
     "state_slots_total": "RWKV states that fit",
     "state_bytes": "Bytes of RWKV states",
     "kv_bytes": "Bytes of the KV cache",
+    "prefix_bytes": "Bytes of host memory in use for kept prefixes",
 }
 # Field of EngineStats -> name, and what it is.
 HISTOGRAMS = {

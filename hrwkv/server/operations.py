@@ -93,6 +93,8 @@ def health_routes(service: Service, metrics: Metrics) -> APIRouter:
     """What those who run the server ask."""
     router = APIRouter(tags=["operation"], responses=RESPONSES)
 
+    # Some probes ask for the head only.
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         """200 while the process is worth keeping; 503: the engine is dead, start the server again."""
@@ -100,6 +102,7 @@ def health_routes(service: Service, metrics: Metrics) -> APIRouter:
             raise ApiError(503, "the engine has stopped: start the server again", code="engine_unavailable")
         return {"status": "alive"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, str]:
         """200 while requests are taken."""

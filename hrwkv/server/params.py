@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
 
 from hrwkv.engine.request import Grammar, SamplingParams
-from hrwkv.server.errors import ApiError, refusing
+from hrwkv.server.errors import ApiError
 from hrwkv.server.schemas import ChatRequest, CompletionRequest, Sampling
 
 # Characters. Making a mask of a larger one takes minutes.
 MAX_GRAMMAR = 2**17
+# Of a request; the model's own come on top.
+MAX_STOPS = 16
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def completion_params(body: CompletionRequest, defaults: Defaults, *, vocab_size
         max_tokens=maximum,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        spelling={"prompt_logprobs": "logprobs"},
     )
 
 
@@ -66,14 +70,15 @@ def chat_params(body: ChatRequest, defaults: Defaults, *, vocab_size: int) -> Sa
     """The same for a chat, whose answer also ends where the model's own answers do."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs true: give both", param="top_logprobs")
-    maximum = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    is_older = body.max_completion_tokens is None
     return _params(
         body,
         defaults,
         vocab_size=vocab_size,
-        max_tokens=maximum,
+        max_tokens=body.max_tokens if is_older else body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         own_stop=defaults.stop,
+        spelling={"logprobs": "top_logprobs"} | ({} if is_older else {"max_tokens": "max_completion_tokens"}),
     )
 
 
@@ -86,17 +91,21 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     own_stop: tuple[str, ...] = (),
+    spelling: Mapping[str, str],
 ) -> SamplingParams:
+    """spelling: fields of SamplingParams that the request calls otherwise."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream true: give both", param="stream_options")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    if len(stop) > MAX_STOPS:
+        raise ApiError(400, f"stop has {len(stop)} texts, expected at most {MAX_STOPS}", param="stop")
     # -1 is how vLLM's clients spell "off"; more than all tokens is all of them.
     top_k = defaults.top_k if body.top_k is None else 0 if body.top_k == -1 else min(body.top_k, vocab_size)
     values: dict[str, Any] = {
         name: getattr(defaults if getattr(body, name) is None else body, name)
         for name in ("temperature", "top_p", "repetition_penalty")
     }
-    with refusing():
+    with _naming(spelling):
         return SamplingParams(
             **values,
             max_tokens=max_tokens,
@@ -116,6 +125,17 @@ def _params(
             ignore_eos=body.ignore_eos,
             grammar=_grammar(body),
         )
+
+
+@contextmanager
+def _naming(spelling: Mapping[str, str]) -> Iterator[None]:
+    """Turn a ValueError of SamplingParams, which begins with its field, into a 400 about the request's."""
+    try:
+        yield
+    except ValueError as error:
+        field, _, rest = " ".join(str(error).split()).partition(" ")
+        name = spelling.get(field, field)
+        raise ApiError(400, f"{name} {rest}", param=name) from error
 
 
 def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
@@ -140,12 +160,17 @@ def _grammar(body: Sampling) -> Grammar | None:
     found = [*_response_format(body), *_structured(body)]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
-        raise ApiError(400, f"{names} are both given, expected one of them", param=found[1][0])
+        raise _about(found[1][0], f"{names} are both given, expected one of them")
     for name, grammar in found:
         if len(grammar.text) > MAX_GRAMMAR:
             message = f"{name} has {len(grammar.text)} characters, expected at most {MAX_GRAMMAR}"
-            raise ApiError(400, message, param=name)
+            raise _about(name, message)
     return found[0][1] if found else None
+
+
+def _about(name: str, message: str) -> ApiError:
+    """A refusal of a field, or of one inside it: ``field.inner``."""
+    return ApiError(400, message, param=name.partition(".")[0])
 
 
 def _response_format(body: Sampling) -> list[tuple[str, Grammar]]:
@@ -171,9 +196,12 @@ def _structured(body: Sampling) -> list[tuple[str, Grammar]]:
     ]
     if outputs is not None:
         whole = {"type": "object"} if outputs.json_object else None
-        inner = (outputs.json_, whole, outputs.regex, outputs.grammar, outputs.choice)
-        kinds = ("json", "json", "regex", "grammar", "choice")
-        given += [("structured_outputs", kind, value) for kind, value in zip(kinds, inner, strict=True)]
+        inner: dict[str, Any] = {"json": outputs.json_, "json_object": whole, "regex": outputs.regex}
+        inner |= {"grammar": outputs.grammar, "choice": outputs.choice}
+        given += [
+            (f"structured_outputs.{name}", name.removesuffix("_object"), value)
+            for name, value in inner.items()
+        ]
     return [(name, _as_grammar(name, kind, value)) for name, kind, value in given if value is not None]
 
 
@@ -185,5 +213,5 @@ def _as_grammar(name: str, kind: str, value: Any) -> Grammar:
     if kind == "grammar":
         return Grammar("lark", value)
     if not value or not all(value):
-        raise ApiError(400, f"{name} has no choice or an empty one, expected texts", param=name)
+        raise _about(name, f"{name} has no choice or an empty one, expected texts")
     return Grammar("lark", "start: " + " | ".join(json.dumps(choice) for choice in value))

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from hrwkv.engine.request import Event, SamplingParams, Usage
+from hrwkv.engine.request import Event, SamplingParams
 from hrwkv.server.errors import refusing
 from hrwkv.server.service import Answer, Service
 from hrwkv.server.template import Rendered, closing
@@ -103,19 +103,21 @@ class ReasonedAnswer:
         # Before requests that have not begun: its reader is already reading.
         left = self._service.settings.request_seconds - (time.monotonic() - self._started)
         self._request = await self._service.submit(
-            prompt, params, priority=plan.priority - 1, seconds=max(left, SOON)
+            prompt, params, priority=plan.priority - 1, seconds=max(left, SOON), param="messages"
         )
         if self._cancelled:
             self._request.cancel()
         async for event in self._request:
-            usage = Usage(end.usage.prompt_tokens, spent + event.usage.completion_tokens)
-            yield replace(event, usage=usage)
+            completion = spent + event.usage.completion_tokens
+            yield replace(event, usage=replace(end.usage, completion_tokens=completion))
 
 
 async def submit(service: Service, plan: Plan) -> Answer:
     """The plan's answer. Raises like ``Service.submit``."""
+    if plan.params.grammar is not None:  # now, and not when the reasoning is written
+        await service.check_form(plan.params.grammar)
     with refusing("stop"):
         params = plan.first()
-    prompt = await service.encode(plan.prompt.text, special=False)
-    first = await service.submit(prompt, params, priority=plan.priority)
+    prompt = await service.encode(plan.prompt.text, special=False, param="messages")
+    first = await service.submit(prompt, params, priority=plan.priority, param="messages")
     return ReasonedAnswer(service, plan, first=first)

@@ -6,12 +6,14 @@ the answer means, so it is refused by name; those under ``Ignored`` change nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from hrwkv.server.errors import unknown_field
+from hrwkv.server.errors import UNSUPPORTED
 
 # Signed 64 bits: no number that JSON can spell may overflow in the engine.
 Int: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -22,6 +24,8 @@ Ints: TypeAlias = Annotated[list[Int], Field(fail_fast=True)]
 Texts: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
 # The same for a map, which pydantic reads to its end.
 MAX_BIASES = 1024
+# Characters of a client's own name for a field that come back to it.
+MAX_NAME = 60
 
 
 def _few(given: Any) -> Any:
@@ -29,6 +33,15 @@ def _few(given: Any) -> Any:
     if isinstance(given, dict) and len(given) > MAX_BIASES:
         raise PydanticCustomError("too_long", f"{len(given)} entries, expected at most {MAX_BIASES}")
     return given
+
+
+def _unsupported(name: str, known: Sequence[str]) -> PydanticCustomError:
+    name = name[:MAX_NAME]
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "leave it out"
+    # The text is no template: a name may have braces.
+    given = {"name": name, "text": f"field {name!r} is not supported: {hint}"}
+    return PydanticCustomError(UNSUPPORTED, "{text}", given)
 
 
 class Body(BaseModel):
@@ -39,14 +52,14 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
-        """Leave nulls out; raise ApiError 400 for the first field that is not supported."""
+        """Leave nulls out; raise for the first field that is not supported, which becomes a 400."""
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in given:
             if name not in known:
-                raise unknown_field(name, known)
+                raise _unsupported(name, known)
         return given
 
 
@@ -149,6 +162,8 @@ class FunctionCall(Body):
 
     name: str
     arguments: str | Json = ""
+    # Beside them in what OpenAI's parse() gives.
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
@@ -174,6 +189,7 @@ class Message(Body):
     # A client that sends an answer back as it came sends these too.
     annotations: Any = None
     refusal: Any = None
+    parsed: Any = None
 
 
 class Function(Body):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from hrwkv.engine.request import Event, SamplingParams
+from hrwkv.engine.request import Event, Grammar, SamplingParams
 from hrwkv.server.errors import ApiError, refusing
 from hrwkv.server.params import Defaults
 from hrwkv.server.template import ChatFormat
@@ -129,23 +129,29 @@ class Service:
         *,
         priority: int = 0,
         seconds: float | None = None,
+        param: str = "prompt",
     ) -> Answer:
         """A prompt into the engine's line; seconds: that it has, None: those of a whole request.
 
-        Raises ApiError 400 for what does not fit, QueueFullError and EngineError.
+        Raises ApiError 400, about the field ``param``, for what does not fit, QueueFullError and EngineError.
         """
-        self.check_length(len(prompt))
+        self.check_length(len(prompt), param)
         deadline = self.settings.request_seconds if seconds is None else seconds
         submit = partial(self.engine.submit, prompt, params, priority=priority, deadline=deadline)
-        with refusing():
+        with refusing(param):
             # Making a grammar may take long, and other threads than the tokenizer's may wait for it.
             return submit() if params.grammar is None else await asyncio.to_thread(submit)
 
-    def check_length(self, tokens: int) -> None:
+    async def check_form(self, grammar: Grammar) -> None:
+        """Raise ApiError 400 for a form that no answer could have."""
+        with refusing():
+            await asyncio.to_thread(self.engine.check_grammar, grammar)
+
+    def check_length(self, tokens: int, param: str = "prompt") -> None:
         """Raise ApiError 400 for a prompt of so many tokens, if it is too long."""
         if tokens > self.max_prompt:
             message = f"the prompt has {tokens} tokens, expected at most {self.max_prompt}"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     async def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, priority: int
@@ -164,7 +170,8 @@ class Service:
     def check_choices(self, prompts: int, n: int) -> None:
         """Raise ApiError 400 for more answers than a request may have."""
         if prompts * n > self.settings.max_choices:
-            message = f"{prompts} prompts with n {n}, expected at most {self.settings.max_choices} answers"
+            came = f"n is {n}" if prompts == 1 else f"{prompts} prompts with n {n}"
+            message = f"{came}, expected at most {self.settings.max_choices} answers"
             raise ApiError(400, message, param="n")
 
     def priority(self, given: int | None) -> int:

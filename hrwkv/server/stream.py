@@ -22,6 +22,7 @@ from hrwkv.server.service import Answer, Service
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 CLIENT_GONE = 499
+EVENTS, DONE = "text/event-stream", b"data: [DONE]\n\n"
 # A reader gets this much longer than the engine to take what is ready.
 READER_SECONDS = 30.0
 
@@ -45,11 +46,12 @@ class Tally:
         """OpenAI's ``usage``."""
         prompt = sum(usage.prompt_tokens for usage in self.usages.values())
         completion = sum(usage.completion_tokens for usage in self.usages.values())
+        cached = sum(usage.cached_tokens for usage in self.usages.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 
@@ -100,14 +102,14 @@ class Reply:
         # With include_usage every chunk has the field, null in all but the last.
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
         try:
-            yield _event(head | {"choices": [self._counted(first)]} | usage)
+            yield event(head | {"choices": [self._counted(first)]} | usage)
             async for piece in self.pieces:
-                yield _event(head | {"choices": [self._counted(piece)]} | usage)
+                yield event(head | {"choices": [self._counted(piece)]} | usage)
             if include_usage:
-                yield _event(head | {"choices": [], "usage": self.tally.body()})
+                yield event(head | {"choices": [], "usage": self.tally.body()})
         except Exception as error:
-            yield _event(api_error(error).body())
-        yield b"data: [DONE]\n\n"
+            yield event(api_error(error).body())
+        yield DONE
         self._log()
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class EventStream(StreamingResponse):
     A client that has not read everything after ``seconds`` is cut off.
     """
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(self, content: AsyncIterator[bytes], seconds: float, *, on_end: Callable[[], None]) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -180,5 +182,6 @@ def to_json(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def event(value: dict[str, Any]) -> bytes:
+    """A server-sent one."""
     return b"data: " + to_json(value) + b"\n\n"

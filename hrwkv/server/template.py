@@ -19,10 +19,12 @@ from hrwkv.server.errors import ApiError
 from hrwkv.server.parse import CALL_TAGS, REASONING_TAGS
 from hrwkv.server.schemas import ChatRequest, Message, Tool, ToolChoice
 
-# Arguments of the rendering itself, which a client's chat_template_kwargs may not be.
+# What the rendering itself and its sandbox have set, the model's special tokens included; a client's
+# chat_template_kwargs may be none of it.
 RESERVED = {
     *("conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *("return_assistant_tokens_mask", "continue_final_message"),
+    *("return_assistant_tokens_mask", "continue_final_message", "self", "raise_exception", "strftime_now"),
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
 }
 # A file that has its calls as XML in the same tags; what it says could not be read back.
 OTHER_CONVENTIONS = ("<function=", "<arg_key>")
@@ -87,9 +89,8 @@ class ChatFormat:
         if self.template is None:
             message = "the model has no chat template: use /v1/completions"
             raise ApiError(400, message, code="no_chat_template")
-        if taken := RESERVED & variables.keys():
-            name = min(taken)
-            message = f"chat_template_kwargs has {name!r}, which is not the template's: leave it out"
+        if taken := (RESERVED | self.special_tokens.keys()) & variables.keys():
+            message = f"chat_template_kwargs has {min(taken)!r}, which the server sets: leave it out"
             raise ApiError(400, message, param="chat_template_kwargs")
         conversation = [_as_dict(message) for message in messages]
         try:

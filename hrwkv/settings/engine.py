@@ -30,9 +30,13 @@ class EngineSettings:
     memory_fraction: float = 0.9
     """Part of a GPU's memory that weights, caches and one forward may take together."""
     cache_bytes: int | None = None
-    """Bytes of states, keys and values; left out, what memory_fraction leaves, or 1 GiB without a GPU."""
+    """Bytes of states, keys and values; left out, what --memory-fraction leaves, or 1 GiB without a GPU."""
     swap_bytes: int = 4 * 2**30
     """Host memory for sequences that were put aside; one that finds no room there is computed again."""
+    prefix_cache_bytes: int | None = None
+    """Host memory for prompts and answers that later requests may continue; left out, a quarter of what is
+    free, at most 8 GiB beside a GPU, where each GiB takes a second at the start, and 1 GiB without one. 0
+    keeps nothing."""
     max_waiting: int = 4096
     """Requests that may wait for their first step; one more is refused."""
     cuda_graphs: Literal["startup", "lazy", "off"] = "lazy"
@@ -65,3 +69,5 @@ class EngineSettings:
         size = self.cache_bytes
         require(size is None or size > 0, "cache_bytes", size, "more than 0, or left out")
         require(self.swap_bytes >= 0, "swap_bytes", self.swap_bytes, "at least 0")
+        size = self.prefix_cache_bytes
+        require(size is None or size >= 0, "prefix_cache_bytes", size, "at least 0, or left out")

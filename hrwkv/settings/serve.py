@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class ServeSettings:
     api_key_env: str | None = None
     """Name of an environment variable that holds an API key."""
     tls_certificate: Path | None = None
-    """PEM file of the certificate (chain); with it and tls_key the server speaks HTTPS only."""
+    """PEM file of the certificate (chain); with it and --tls-key the server speaks HTTPS only."""
     tls_key: Path | None = None
     """PEM file of the certificate's private key."""
     cors_origins: tuple[str, ...] = ()
@@ -52,8 +53,14 @@ class ServeSettings:
         require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         require(self.model_name != "", "model_name", self.model_name, "a name, or left out")
         require(self.api_key_env != "", "api_key_env", self.api_key_env, "a variable's name, or left out")
-        both = (self.tls_certificate is None) == (self.tls_key is None)
-        require(both, "tls_certificate, tls_key", self._tls(), "both or neither")
+        pair = {"tls_certificate": self.tls_certificate, "tls_key": self.tls_key}
+        for name, other in (pair, reversed(pair)):
+            alone = pair[name] is None and pair[other] is not None
+            require(not alone, name, None, f"a PEM file as for {other}, or neither of them")
+        for origin in self.cors_origins:
+            # Compared letter by letter with what browsers send, which has no path.
+            good = re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin)
+            require(good is not None, "cors_origins", origin, "like https://chat.example.org, without a path")
         for name in ("max_body_bytes", "max_choices"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         limit = self.max_prompt_tokens
@@ -62,6 +69,3 @@ class ServeSettings:
         require(0 < seconds < float("inf"), "request_seconds", seconds, "more than 0")
         seconds = self.shutdown_seconds
         require(0 <= seconds < float("inf"), "shutdown_seconds", seconds, "0 or more")
-
-    def _tls(self) -> tuple[str | None, ...]:
-        return tuple(None if path is None else str(path) for path in (self.tls_certificate, self.tls_key))

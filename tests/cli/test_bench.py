@@ -41,11 +41,14 @@ def test_json_has_the_case_and_consistent_numbers(files: Files, run: Run) -> Non
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--steps", 1], "steps is 1, expected at least 2"),
-        (["--batch-sizes", "0,2"], "batch_sizes is (0, 2), expected 1 or more each"),
-        (["--context", 0], "context is 0, expected at least 1 token"),
-        (["--prompt-lengths", 0], "prompt_lengths is (0,), expected 1 or more each"),
-        (["--max-sequences", 64, "--step-tokens", 8], "step_tokens is 8, expected at least max_sequences 64"),
+        (["--steps", 1], "--steps is 1, expected at least 2"),
+        (["--batch-sizes", "0,2"], "--batch-sizes is (0, 2), expected 1 or more each"),
+        (["--context", 0], "--context is 0, expected at least 1 token"),
+        (["--prompt-lengths", 0], "--prompt-lengths is (0,), expected 1 or more each"),
+        (
+            ["--max-sequences", 64, "--step-tokens", 8],
+            "--step-tokens is 8, expected at least --max-sequences 64",
+        ),
     ],
 )
 def test_mistakes_are_one_line(flags: list[object], says: str, files: Files, run: Run) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hrwkv.cli.chat import Conversation, Message, rate
+from hrwkv.cli.chat import Conversation, Message, rate, read_conversation
 from hrwkv.cli.display import Display
 from hrwkv.cli.generate import Piece, Writer
 from tests.cli.conftest import Files, Run, byte_tokenizer
@@ -19,6 +19,8 @@ from tests.cli.conftest import Files, Run, byte_tokenizer
 
 class Script:
     """Says the next of its answers, each a list of pieces, and keeps what it was asked."""
+
+    max_tokens = 8
 
     def __init__(self, *answers: list[Piece | BaseException]) -> None:
         self.answers, self.heard, self.attempts = iter(answers), [], []
@@ -68,7 +70,7 @@ def test_it_keeps_forgets_and_regenerates(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert script.attempts == [0, 1, 2, 3]
     assert [message["content"] for message in conversation.messages] == ["brief", "three", "D"]
-    assert shown.split("ends.\n")[1] == "> A\n> > B\n> C\n> > D\n> "
+    assert shown.split("ends.\n")[1] == "> A\n> > B\n> C\n> 4 messages forgotten\n> D\n> "
 
 
 def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +88,9 @@ def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
     script = plain("A", "B", "C")
-    talk(script, ["1", "/system be loud", "2", "/reset", "3", "/system"], monkeypatch)
+    _, shown = talk(script, ["1", "/system be loud", "2", "/reset", "3", "/system"], monkeypatch)
+    assert "> instruction: be loud\n> B\n" in shown
+    assert shown.endswith("> no instruction\n> ")
     assert script.heard == [["1"], ["be loud", "1", "A", "2"], ["be loud", "3"]]
 
 
@@ -114,7 +118,8 @@ def test_save_writes_over_nothing_else_and_load_takes_nothing_else(
     assert notes.read_text() == "mine"
     assert shown.count("notes.txt is no conversation that /save has written") == 2
     assert "expected a role and a text" in shown
-    assert shown.count("No such file or directory") == 2
+    assert f"{path}: No such file or directory\n" in shown
+    assert f"{path} is no directory: make it first" in shown
     assert script.heard[1] == ["1", "A", "2"]
 
 
@@ -147,6 +152,104 @@ def test_an_interrupted_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script([Piece("half", 1), KeyboardInterrupt()], [Piece("B", 1)])
     talk(script, ["1", "2"], monkeypatch)
     assert script.heard[1] == ["1", "half", "2"]
+
+
+@pytest.mark.parametrize("piece", [[], [Piece("hm", 1, is_reasoning=True)]])
+def test_an_answer_that_is_interrupted_before_it_began_leaves_no_trace(
+    piece: list[Piece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty answer stood in the conversation from then on, in place of the old one after /regenerate."""
+    script = Script([Piece("A", 1)], [*piece, KeyboardInterrupt()], [*piece, KeyboardInterrupt()])
+    conversation, shown = talk(script, ["1", "2", "/regenerate"], monkeypatch)
+    assert [message["content"] for message in conversation.messages] == ["1", "A"]
+    assert shown.count("interrupted, nothing is kept") == 2
+
+
+CTRL_C = "\x03"
+ASKED = "Save this conversation? A file's name, or Enter to forget it: "
+
+
+class Terminal(io.StringIO):
+    """A terminal's lines, one of which may be Ctrl-C."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:
+        line = super().readline(size)
+        if line.strip("\n") == CTRL_C:
+            raise KeyboardInterrupt
+        return line
+
+
+def typed(script: Script, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Conversation, str]:
+    """The same as ``talk`` at a terminal."""
+    monkeypatch.setattr("tests.cli.test_chat.io.StringIO", Terminal)
+    return talk(script, lines, monkeypatch)
+
+
+def test_ctrl_c_drops_a_line_and_twice_in_a_row_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one ended the process, and the conversation with it."""
+    script = plain("A", "B")
+    lines = [CTRL_C, "1", CTRL_C, "", CTRL_C, '"""', "lost", CTRL_C, "2", CTRL_C, CTRL_C, "", "3"]
+    conversation, shown = typed(script, lines, monkeypatch)
+    assert [message["content"] for message in conversation.messages] == ["1", "A", "2", "B"]
+    assert shown.count("Ctrl-C again, Ctrl-D or /exit leaves.\n") == 5
+    assert shown.endswith(ASKED)
+
+
+def test_ctrl_c_ends_what_reads_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Terminal, "isatty", lambda self: False)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        typed(plain("A"), ["1", CTRL_C], monkeypatch)
+
+
+@pytest.mark.parametrize("end", [["/exit"], [], [CTRL_C, CTRL_C]], ids=["exit", "ctrl-d", "ctrl-c"])
+def test_who_leaves_may_save(end: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, notes = tmp_path / "talk.json", tmp_path / "notes"
+    notes.write_text("mine")
+    if end:
+        conversation, shown = typed(plain("A"), ["1", *end, str(notes), str(path)], monkeypatch)
+        assert read_conversation(path) == conversation.messages
+        assert (shown.count(ASKED), notes.read_text()) == (2, "mine")
+        assert shown.endswith(f"2 messages in {path}\n")
+    else:
+        _, shown = typed(plain("A"), ["1"], monkeypatch)
+        assert shown.endswith(f"{ASKED}\n")
+    _, shown = typed(plain("A"), ["1", *(end or ["/exit"]), CTRL_C], monkeypatch)
+    assert shown.endswith(f"{ASKED}\n")
+
+
+def test_nobody_is_asked_where_there_is_nothing_to_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk.json"
+    _, piped = talk(plain("A"), ["1"], monkeypatch)
+    _, empty = typed(plain(), ["/system be brief"], monkeypatch)
+    _, saved = typed(plain("A"), ["1", f"/save {path}", "/exit"], monkeypatch)
+    _, loaded = typed(plain(), [f"/load {path}", "/exit"], monkeypatch)
+    _, forgotten = typed(plain("A"), ["1", "/reset", "/exit"], monkeypatch)
+    assert not [shown for shown in (piped, empty, saved, loaded, forgotten) if ASKED in shown]
+    _, grown = typed(plain("B"), [f"/load {path}", "2", "/exit"], monkeypatch)
+    assert ASKED in grown
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(7, False), (8, True)])
+def test_an_answer_that_is_cut_off_says_so(tokens: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in the middle of a sentence as if the model had meant it."""
+    _, shown = talk(Script([Piece("so", tokens)]), ["1"], monkeypatch, terminal=True)
+    assert ("cut off: --max-tokens is 8" in shown) == told
+
+
+def test_an_answer_commands_a_terminal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model, or a server, could set its title, move the cursor and more."""
+    pieces = [Piece("\x1b[2J\x9b", 1, is_reasoning=True), Piece("a\x1b]0;owned\x07\r\tb\n\u00e9", 2)]
+    conversation, shown = talk(Script(pieces), ["1"], monkeypatch, terminal=True)
+    assert "\u241b[2J\ufffd" in shown
+    assert "a\u241b]0;owned\u2407\u240d\tb\n\u00e9" in shown
+    assert conversation.messages[-1]["content"] == pieces[1].text
+    _, piped = talk(Script(pieces), ["1"], monkeypatch)
+    assert pieces[1].text in piped
 
 
 def test_reasoning_is_shown_and_not_kept_and_a_terminal_sees_the_rate(

@@ -2,17 +2,19 @@
 
 import io
 import json
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.client import RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hrwkv.cli.chat_server import ServerModel
+from hrwkv.cli.chat_server import ServerModel, _advice
 from hrwkv.cli.generate import Piece, SamplingSettings
 from tests.cli.conftest import Run
 
@@ -81,10 +83,11 @@ def opened(
     )
 
 
-def test_an_answer_is_read_as_it_streams(stub: Stub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["", "/v1/", "/v1/chat/completions"])
+def test_an_answer_is_read_as_it_streams(ending: str, stub: Stub, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("# mine\nsecret\n")
-    stub.url += "/v1/"
+    stub.url += ending
     server = opened(stub, key=key, seed=5, top_k=4, stop=("##",), no_reasoning=True)
     stub.answer = stream(
         {"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "\u20ac"}
@@ -117,15 +120,38 @@ def test_refusals_and_broken_answers_are_told(stub: Stub) -> None:
     stub.status, stub.answer = 429, b'{"error": {"message": "the line is full"}}'
     with pytest.raises(ValueError, match="refuses with 429: the line is full"):
         next(server.answer([], attempt=0))
+    for error, says in (
+        ('"no"', "Too Many"),
+        ('{"message": "long", "code": "context_length_exceeded"}', "/reset"),
+    ):
+        stub.answer = b'{"error": %s}' % error.encode()
+        with pytest.raises(ValueError, match=f"refuses with 429: .*{says}"):
+            next(server.answer([], attempt=0))
     stub.answer = b"<html>"
     with pytest.raises(ValueError, match="refuses with 429: Too Many Requests"):
         next(server.answer([], attempt=0))
     stub.status, stub.answer = 200, stream({"content": "a"}, end=b'data: {"error": {"message": "fire"}}\n\n')
     with pytest.raises(ValueError, match="broke off: fire"):
         list(server.answer([], attempt=0))
+    stub.answer = stream({"content": "a"}, end=b"")
+    with pytest.raises(ValueError, match="broke off in the answer, which has no end"):
+        list(server.answer([], attempt=0))
     stub.answer = b"data: {nonsense\n\n"
     with pytest.raises(ValueError, match="is no JSON"):
         list(server.answer([], attempt=0))
+
+
+def test_a_server_that_wants_a_key_or_speaks_otherwise_is_told(stub: Stub) -> None:
+    """Its answer says what to do in HTTP, and the library's reason nothing to a user."""
+    server = opened(stub)
+    stub.status, stub.answer = 401, b'{"error": {"message": "send Authorization: Bearer KEY"}}'
+    with pytest.raises(ValueError, match="refuses with 401: give --api-key-file"):
+        next(server.answer([], attempt=0))
+    stub.url = stub.url.replace("http:", "https:")
+    with pytest.raises(ValueError, match="does not answer .*: does it speak http:// only"):
+        opened(stub)
+    assert "SSL_CERT_FILE" in _advice(ssl.SSLCertVerificationError())
+    assert "https" in _advice(RemoteDisconnected())
 
 
 def test_servers_that_are_none_are_told(stub: Stub, run: Run, tmp_path: Path) -> None:
@@ -135,6 +161,8 @@ def test_servers_that_are_none_are_told(stub: Stub, run: Run, tmp_path: Path) ->
         return done.err
 
     assert "does not answer" in line("http://127.0.0.1:1")
+    for name in ("127.0.0.1:8000", "localhost:8000/v1"):
+        assert f"{name} is no directory; if it is a server, give its URL: http://{name}" in line(name)
     assert "--dtype and --device are for a directory" in line(stub.url, "--device", "cpu")
     (tmp_path / "empty").write_text("\n")
     assert "empty holds no key" in line(stub.url, "--api-key-file", tmp_path / "empty")

@@ -55,7 +55,7 @@ def test_convert_distil_eval_generate(files: Files, run: Run, tmp_path: Path) ->
     ]
     other = run(*start, "--stage", "2", "--resume", "--stage2.learning-rate", "0.5")
     assert (other.code, other.err.count("\n")) == (2, 1)
-    assert "learning_rate" in other.err
+    assert "--stage2.learning-rate is 0.5" in other.err
 
     words = ["eval", out / "stage2", "--teacher", files.teacher, "--text", files.text, "--out", report, *EVAL]
     done = run(*words)

@@ -76,11 +76,14 @@ CASES: dict[str, tuple[Case, str]] = {
     "truncated-shard": (truncated_shard, "model.safetensors is not a complete safetensors file"),
     "missing-tensor": (missing_tensor, "lacks model.layers.3."),
     "layer-99": (convert_with("--attention-layers", 99), "layer 99, but the teacher has layers 0 to 2"),
-    "layer-0-kept": (convert_with("--attention-layers", "0,2"), "names layer 0, expected 1 or higher"),
-    "layers-not-chosen": (convert_with(), "neither of attention_layers and keep_attention given"),
+    "layer-0-kept": (
+        convert_with("--attention-layers", "0,2"),
+        "--attention-layers names layer 0, expected 1 or higher",
+    ),
+    "layers-not-chosen": (convert_with(), "neither of --attention-layers and --keep-attention given"),
     "layers-chosen-twice": (
         convert_with("--attention-layers", 1, "--keep-attention", 1),
-        "both of attention_layers and keep_attention given",
+        "both of --attention-layers and --keep-attention given",
     ),
     "layers-no-number": (convert_with("--attention-layers", "one"), 'unable to convert "one" into int'),
     "unknown-recipe-key": (with_recipe("[distill.stage2]\ntoken = 5"), "Did you mean --stage2.tokens?"),
@@ -106,6 +109,10 @@ CASES: dict[str, tuple[Case, str]] = {
     "bad-temperature": (
         lambda files, folder: ["generate", files.student, "--prompt", "a", "--temperature", -1],
         "temperature is -1.0, expected 0 (greedy) or more",
+    ),
+    "no-tokens": (
+        lambda files, folder: ["chat", files.student, "--max-tokens", 0],
+        "--max-tokens is 0, expected at least 1",
     ),
     "eval-of-nothing": (lambda files, folder: ["eval", folder / "none"], "none is not a directory"),
     "eval-missing-text": (

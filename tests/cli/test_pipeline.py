@@ -110,7 +110,7 @@ def test_all_steps_and_the_same_after_an_interruption(
     assert again.out.count(": complete") == 6
     changed = run(*command(files, whole, "--resume", "--stage2.learning-rate", 0.5))
     assert changed.code == 2
-    assert "stage.learning_rate is 0.5, the interrupted run had 0.001" in changed.err
+    assert "--stage2.learning-rate is 0.5, the interrupted run had 0.001" in changed.err
 
     show = Watcher.__call__
 

@@ -37,14 +37,17 @@ def test_a_port_in_use_is_one_line(files: Files, run: Run) -> None:
         (["--api-key-file", "none.txt"], "none.txt: No such file"),
         (["--api-key-file", "empty.txt"], "empty.txt holds no key: write one a line"),
         (["--api-key-file", "accents.txt"], "letters outside ASCII"),
-        (["--tls-key", "key.pem"], "tls_certificate, tls_key is (None, 'key.pem'), expected both or neither"),
+        (["--tls-key", "key.pem"], "--tls-certificate is None, expected a PEM file as for --tls-key, or ne"),
+        (["--tls-certificate", "a.pem"], "--tls-key is None, expected a PEM file as for --tls-certificate"),
         (
             ["--tls-key", "empty.txt", "--tls-certificate", "none.pem"],
             "none.pem and empty.txt do not open: No",
         ),
         (["--tls-key", "empty.txt", "--tls-certificate", "empty.txt"], "empty.txt do not open"),
-        (["--port", "70000"], "port is 70000, expected 0 to 65535"),
-        (["--request-seconds", "0"], "request_seconds is 0.0, expected more than 0"),
+        (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--cors-origins", "a.example"], "--cors-origins is 'a.example', expected like https://chat.exam"),
+        (["--cors-origins", "https://a.example/"], "'https://a.example/', expected like"),
+        (["--request-seconds", "0"], "--request-seconds is 0.0, expected more than 0"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid port 8000"),
     ],
 )
@@ -57,6 +60,13 @@ def test_mistakes_are_one_line(
     outcome = run("serve", files.student, *flags)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert says in outcome.err
+
+
+def test_a_directory_without_a_model_is_one_line(run: Run, tmp_path: Path) -> None:
+    """The tokenizer was missed in it, which is not what is wrong."""
+    outcome = run("serve", tmp_path, "--port", "0")
+    assert outcome.code == 2
+    assert outcome.err == f"hrwkv: {tmp_path} has no config.json: give the directory of a model\n"
 
 
 def test_a_missing_extra_is_one_line(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from hrwkv.engine.core import Job
 from hrwkv.engine.grammar import GrammarCompiler
 from hrwkv.engine.intake import Intake
 from hrwkv.engine.memory import MemorySizes
+from hrwkv.engine.prefixes import Prefixes
 from hrwkv.engine.request import Event, SamplingParams
 from hrwkv.engine.stream import join
 from hrwkv.model.modeling import HybridModel
@@ -88,15 +89,18 @@ class Driver:
         *,
         model: HybridModel | None = None,
         sizes: MemorySizes | None = None,
+        min_gain: int = 1,
         **settings: Any,
     ) -> None:
-        values = {"max_sequences": 4, "step_tokens": 16, "block_size": 4, "device": "cpu", **settings}
+        values = {"max_sequences": 4, "step_tokens": 16, "block_size": 4, "device": "cpu"}
+        values |= {"swap_bytes": 2**28, "prefix_cache_bytes": 0, **settings}
         self.settings = EngineSettings(**values)
         self.model = model or model_of(kind)
         self.model.fuse_projections()
         self.now = 0.0
         self.sizes = sizes or fit_memory(self.model, self.settings)
         self.core = build_core(self.model, self.settings, sizes=self.sizes, clock=lambda: self.now)
+        self.core.scheduler.prefixes = Prefixes(self.core.scheduler.memory, min_gain=min_gain)
         context = longest_context(self.model, self.settings, sizes=self.sizes)
         grammars = GrammarCompiler(tokenizer(), vocab_size=VOCAB, end_ids=(2,))
         self.intake = Intake(tokenizer(), VOCAB, context, (2,), grammars)
@@ -129,7 +133,8 @@ class Driver:
     def assert_nothing_held(self) -> None:
         memory = self.core.scheduler.memory
         assert (memory.slots.used, memory.blocks.used) == (0, 0)
-        assert memory.swap_free == self.settings.swap_bytes
+        assert memory.swap.used == 0
+        assert memory.kept.used * memory.sizes.page_bytes <= (self.settings.prefix_cache_bytes or 0)
         assert [*self.core.scheduler.running, *self.core.scheduler.waiting] == []
         assert self.core.num_queued == 0
         assert not self.core._owners

@@ -50,30 +50,52 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
             "count": st.integers(1, 8),
             "n": st.sampled_from([1, 1, 3]),
             "priority": st.integers(0, 1),
-            "arrival": st.integers(0, 12),
+            "arrival": st.integers(0, 24),
             "cancel_after": st.none() | st.integers(0, 8),
+            "shared": st.sampled_from([0, 5, 13, 20]),
+            "follows": st.none() | st.integers(0, 4),
+            "scores": st.sampled_from([None, None, 0]),
         }
     )
     sequences = draw(st.integers(1, 4))
     return {
-        "requests": draw(st.lists(requests, min_size=1, max_size=5)),
+        "requests": draw(st.lists(requests, min_size=1, max_size=6)),
         "max_sequences": sequences,
         "step_tokens": draw(st.integers(sequences, 12)),
         "block_size": draw(st.sampled_from([1, 3, 4])),
         "overlap": draw(st.sampled_from(["on", "off"])),
         "swap_bytes": draw(st.sampled_from([0, 9000, 10**9])),
         "spare_blocks": draw(st.integers(0, 10)),
+        "prefix_bytes": draw(st.sampled_from([10**8, 10**8, 9000, 30000, 0])),
+        "min_gain": draw(st.integers(1, 5)),
     }
 
 
+def prompts_of(kind: str, requests: list[dict[str, Any]]) -> list[list[int]]:
+    """Some begin alike, some continue what was asked and answered at the start."""
+    prompts: list[list[int]] = []
+    for each in requests:
+        own = prompt_of(each["length"], each["seed"])
+        prompt = [*prompt_of(20)[: each["shared"]], *own[each["shared"] :]]
+        if each["follows"] is not None and prompts:
+            number = each["follows"] % len(prompts)
+            if len(earlier := prompts[number]) <= 20:
+                answer = greedy_alone(kind, tuple(earlier), requests[number]["count"])
+                prompt = [*earlier, *answer, *own[:7]]
+        prompts.append(prompt)
+    return prompts
+
+
 @kinds
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
-    """Random arrivals, cancels, priorities, forks, and a memory that only just holds the longest alone."""
+    """Random arrivals, cancels, priorities, forks, beginnings known and unknown, and a memory that only just
+    holds the longest alone."""
     case = data.draw(schedules())
     requests, size = case["requests"], case["block_size"]
-    longest = max(each["length"] + each["count"] for each in requests) - 1
+    prompts = prompts_of(kind, requests)
+    longest = max(len(prompt) + each["count"] for prompt, each in zip(prompts, requests, strict=True)) - 1
     driver = Driver(
         kind,
         max_sequences=case["max_sequences"],
@@ -81,6 +103,8 @@ def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
         block_size=size,
         overlap=case["overlap"],
         swap_bytes=case["swap_bytes"],
+        prefix_cache_bytes=case["prefix_bytes"],
+        min_gain=case["min_gain"],
         sizes=sizes_of(
             kind,
             slots=case["max_sequences"],
@@ -88,24 +112,23 @@ def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
             block_size=size,
         ),
     )
-    readers: list[tuple[dict[str, Any], int, Reader]] = []
+    readers: list[tuple[dict[str, Any], list[int], int, Reader]] = []
     step = 0
-    while step < 13 or driver.core.has_work:
-        for each in requests:
+    while step < 25 or driver.core.has_work:
+        for each, prompt in zip(requests, prompts, strict=True):
             if each["arrival"] == step:
-                prompt = prompt_of(each["length"], each["seed"])
-                params = greedy(each["count"], n=each["n"])
+                params = greedy(each["count"], n=each["n"], prompt_logprobs=each["scores"])
                 number, reader = driver.add(prompt, params, priority=each["priority"])
-                readers.append((each, number, reader))
-        for each, number, _ in readers:
+                readers.append((each, prompt, number, reader))
+        for each, _, number, _ in readers:
             if each["cancel_after"] is not None and each["arrival"] + each["cancel_after"] == step:
                 driver.core.abort(number)
         if driver.core.has_work:
             driver.core.step()
         step += 1
         assert step < 1000
-    for each, _, reader in readers:
-        expected = greedy_alone(kind, tuple(prompt_of(each["length"], each["seed"])), each["count"])
+    for each, prompt, _, reader in readers:
+        expected = greedy_alone(kind, tuple(prompt), each["count"])
         assert reader.error is None
         assert len(reader.events) == each["n"]
         for event in reader.events.values():
@@ -114,6 +137,7 @@ def test_any_schedule_is_alone(kind: str, data: st.DataObject) -> None:
                 assert event.tokens == expected[: len(event.tokens)]
             else:
                 assert (event.finish_reason, event.tokens) == ("length", expected)
+                assert len(event.prompt_logprobs or ()) == (0 if each["scores"] is None else len(prompt))
     driver.assert_nothing_held()
 
 

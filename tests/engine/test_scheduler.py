@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from hrwkv.engine.memory import Memory, MemorySizes
-from hrwkv.engine.scheduler import Clear, Copy, Load, Plan, Save, Scheduler, Sequence
-from hrwkv.model.cache import Snapshot
+from hrwkv.engine.prefixes import Prefixes
+from hrwkv.engine.scheduler import Clear, Copy, Load, Plan, Scheduler, Sequence
 
 SLOT_BYTES, BLOCK_BYTES = 100, 10
 
 
 def make(*, slots: int = 4, blocks: int = 20, step_tokens: int = 16, swap_bytes: int = 10**6) -> Scheduler:
     sizes = MemorySizes(slots, blocks, 4, SLOT_BYTES, BLOCK_BYTES)
-    return Scheduler(Memory(sizes, swap_bytes=swap_bytes), step_tokens=step_tokens)
+    memory = Memory(sizes, swap_bytes=swap_bytes, prefix_bytes=10**4)
+    return Scheduler(memory, Prefixes(memory), step_tokens=step_tokens)
 
 
 def sequence(number: int, prompt: int, *, limit: int = 64, priority: int = 0, choice: int = 0) -> Sequence:
@@ -29,9 +30,7 @@ def add(scheduler: Scheduler, *prompts: int, limit: int = 64) -> list[Sequence]:
 
 def finish_step(scheduler: Scheduler, plan: Plan) -> None:
     """What the core does: copies are made, tokens are read, and whoever is at its limit ends."""
-    for move in plan.moves:
-        if isinstance(move, Save):
-            move.saved.snapshot = Snapshot(None, None, None)
+    scheduler.confirm(plan, failed=())
     for piece in plan.pieces:
         if piece.samples:
             scheduler.append(piece.sequence, 0)
@@ -88,7 +87,7 @@ def test_the_newest_makes_room_and_comes_back(swap_bytes: int) -> None:
     assert (plan.num_preempted, second.slot, second.blocks) == (1, None, [])
     finish_step(scheduler, plan)
     assert first.is_finished
-    assert scheduler.memory.swap_free == 0
+    assert scheduler.memory.swap.free == 0
     plan = scheduler.schedule()
     if swap_bytes:
         (move,) = plan.moves
@@ -99,7 +98,7 @@ def test_the_newest_makes_room_and_comes_back(swap_bytes: int) -> None:
         assert second.slot is not None
         assert plan.moves == [Clear(second.slot)]
         assert pieces(plan) == [(1, 0, 9, True)]
-    assert scheduler.memory.swap_free == swap_bytes
+    assert scheduler.memory.swap.used == 0
 
 
 def test_among_priorities_the_lowest_number_takes_the_room_of_the_newest_of_the_highest() -> None:
@@ -185,3 +184,20 @@ def test_what_was_put_aside_with_a_token_unread_does_not_come_back_in_the_same_s
     finish_step(scheduler, unread)
     finish_step(scheduler, plan)
     assert [number for number, *_ in pieces(scheduler.schedule())] == [2, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_answer_leaves_first_in_the_next_step_and_not_after_a_failure(fails: bool) -> None:
+    scheduler = make()
+    (one,) = add(scheduler, 3)
+    for _ in range(40):
+        finish_step(scheduler, scheduler.schedule())
+    slot, blocks = one.slot, tuple(one.blocks)
+    scheduler.finish(one, keep=True)
+    if fails:
+        scheduler.drop_uncertain()
+    add(scheduler, 2)
+    plan = scheduler.schedule()
+    saves = [(move.slot, tuple(block for block, _ in move.blocks)) for move in plan.moves[:-1]]  # type: ignore[union-attr]
+    assert saves == ([] if fails else [(slot, blocks)])
+    assert len(scheduler.prefixes) == (0 if fails else 1)

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,8 @@ from hrwkv.engine.request import (
     CapacityError,
     EngineError,
     Event,
+    Grammar,
+    GrammarError,
     QueueFullError,
     SamplingParams,
     TokenLogprob,
@@ -33,7 +35,7 @@ CHAT = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-NAME = "fake"
+NAME, WRONG = "fake", "("
 
 
 def byte_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
@@ -112,11 +114,11 @@ class FakeEngine:
         return request
 
     def _events(self, prompt: list[int], params: SamplingParams, choices: Sequence[Sequence[str]]) -> Any:
-        usage = Usage(len(prompt), 0)
+        usage = Usage(len(prompt), 0, 2)
         for index, pieces in enumerate(choices):
             for number, text in enumerate(pieces):
                 tokens = tuple(self.tokenizer(text[:1000])["input_ids"])
-                usage = Usage(len(prompt), usage.completion_tokens + len(tokens))
+                usage = replace(usage, completion_tokens=usage.completion_tokens + len(tokens))
                 is_last = number == len(pieces) - 1
                 stop = next((stop for stop in params.stop if stop in self.stops), None) if is_last else None
                 first = number == 0 and params.prompt_logprobs is not None
@@ -131,9 +133,13 @@ class FakeEngine:
                     stop_reason=stop,
                 )
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        if grammar.text == WRONG:
+            raise GrammarError("the form is wrong")
+
     def stats(self) -> Any:
         names = "queued running prompt_tokens generated_tokens preempted kv_blocks_used kv_blocks_total"
-        more = "state_slots_used state_slots_total state_bytes kv_bytes"
+        more = "state_slots_used state_slots_total state_bytes kv_bytes prefix_bytes prompt_tokens_reused"
         first, inter = Histogram(), Histogram()
         first.add(0.2)
         for seconds in (0.01, 0.03):
@@ -156,10 +162,12 @@ def fake_app(engine: FakeEngine, *, api_keys: Sequence[str] = (), **settings: An
     return create_app(fake_service(engine, **settings), api_keys=api_keys)
 
 
-def ask(app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> httpx2.Response:
+def ask(
+    app: Any, path: str, body: Any = None, *, headers: dict[str, str] | None = None, method: str = ""
+) -> httpx2.Response:
     """One request without a socket; a body that is not bytes is sent as JSON, NaN and half characters too."""
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    method = "GET" if content is None else "POST"
+    method = method or ("GET" if content is None else "POST")
     kind = {} if content is None else {"Content-Type": "application/json"}
 
     async def send() -> httpx2.Response:

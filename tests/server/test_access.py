@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -45,7 +47,8 @@ def test_keys_guard_everything(path: str) -> None:
 
 def test_probes_need_no_key() -> None:
     app = fake_app(engine(), api_keys=KEYS)
-    assert [ask(app, path).status_code for path in ("/health", "/ready")] == [200, 200]
+    probes = [ask(app, path, method=method) for path in ("/health", "/ready") for method in ("GET", "HEAD")]
+    assert [probe.status_code for probe in probes] == [200] * 4
     assert ask(app, COMPLETIONS, {"prompt": "a"}).status_code == 401
 
 
@@ -56,6 +59,38 @@ def test_a_body_has_a_limit() -> None:
     response = ask(app, COMPLETIONS, {"prompt": "a" * (room + 1)})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
     assert "101 bytes, expected at most 100" in response.text
+
+
+def test_who_sends_before_reading_is_told_too() -> None:
+    """The connection was reset in the middle of the body, which says nothing of the reason."""
+
+    async def send() -> int:
+        async with serving(fake_service(engine(), port=0)) as (_, url):
+            request = urllib.request.Request(url + COMPLETIONS, b"a" * 20_000_000)
+            with pytest.raises(urllib.error.HTTPError, match="413") as caught:
+                await asyncio.to_thread(urllib.request.urlopen, request)
+            return caught.value.code
+
+    assert asyncio.run(send()) == 413
+
+
+@pytest.mark.parametrize("header", [{}, {"Expect": "100-continue"}])
+def test_a_body_that_does_not_come_is_not_waited_for(
+    header: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hrwkv.server.access.DRAIN_SECONDS", 60.0 if header else 0.01)
+
+    async def send() -> bytes:
+        async with serving(fake_service(engine(), port=0)) as (_, url):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            fields = {"Host": "x", "Content-Length": str(2**30)} | header
+            head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            writer.write(f"POST {COMPLETIONS} HTTP/1.1\r\n{head}\r\n".encode())
+            line = await asyncio.wait_for(reader.readline(), 30)
+            writer.close()
+            return line
+
+    assert b" 413 " in asyncio.run(send())
 
 
 def test_a_body_that_does_not_tell_its_size_has_it_too() -> None:

@@ -39,7 +39,7 @@ def test_an_answer() -> None:
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello"},
+            "message": {"role": "assistant", "content": "Hello", "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
@@ -80,7 +80,9 @@ def test_each_choice_has_its_role_and_end() -> None:
 
 def test_logprobs_are_of_every_token() -> None:
     body = ASKED | {"logprobs": True, "top_logprobs": 2}
-    content = ask(fake_app(saying("ab")), PATH, body).json()["choices"][0]["logprobs"]["content"]
+    logprobs = ask(fake_app(saying("ab")), PATH, body).json()["choices"][0]["logprobs"]
+    content = logprobs["content"]
+    assert logprobs == {"content": content, "refusal": None}
     assert [(entry["token"], entry["logprob"], entry["bytes"]) for entry in content] == [
         ("a", -0.64, [97]),
         ("b", -0.65, [98]),
@@ -119,13 +121,27 @@ def test_content_is_null_beside_a_call_alone() -> None:
 
 def test_without_tools_a_call_is_text() -> None:
     message = ask(fake_app(saying(CALL, template=HERMES)), PATH, ASKED).json()["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": CALL}
+    assert message == {"role": "assistant", "content": CALL, "refusal": None}
 
 
 def test_one_call_at_a_time() -> None:
     body = ASKED | {"tools": [TOOL], "parallel_tool_calls": False}
     message = ask(fake_app(saying(CALL + CALL, template=HERMES)), PATH, body).json()["choices"][0]["message"]
     assert len(message["tool_calls"]) == 1
+
+
+def test_an_answer_may_go_back_as_openais_client_has_it() -> None:
+    """What its parse() gives was refused for the fields that it adds, where it is to be appended as it is."""
+    engine = saying("so", template=HERMES)
+    call = {"name": "f", "arguments": '{"x": 1}', "parsed_arguments": {"x": 1}}
+    answer = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "parsed": {"y": 2}}
+    answer |= {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": call}]}
+    result = {"role": "tool", "tool_call_id": "c", "content": "2"}
+    body = {"messages": [*ASKED["messages"], answer, result], "tools": [TOOL]}
+    assert ask(fake_app(engine), PATH, body).status_code == 200
+    assert engine.tokenizer.decode(engine.requests[0].prompt).endswith(
+        'assistant: <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\ntool: 2\n'
+    )
 
 
 def test_a_demanded_call_is_opened_and_has_its_form() -> None:
@@ -157,6 +173,7 @@ def test_a_demanded_call_is_opened_and_has_its_form() -> None:
         ({"chat_template": "{{ 1 }}"}, 400, "'chat_template' is not supported"),
         ({"model": "gpt-4"}, 404, "there is no model 'gpt-4' here, expected 'fake'"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"n": 129}, 400, "n is 129, expected at most 128 answers"),
         ({"messages": [{"role": "user", "content": "a" * 200}]}, 400, "tokens"),
     ],
 )
@@ -164,6 +181,45 @@ def test_refusals(fields: dict[str, Any], status: int, says: str) -> None:
     response = ask(fake_app(saying("a")), PATH, ASKED | fields)
     assert response.status_code == status
     assert says in response.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"{x}": 1}, "{x}", "field '{x}' is not supported"),
+        ({"messages": [{"role": "user", "contents": "a"}]}, "messages", "messages.0: field 'contents'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]},
+            "messages",
+            "messages.0.content.0: field 'b' is not supported",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"nam": "f"}}},
+            "tool_choice",
+            "tool_choice.function: field 'nam' is not supported: did you mean name?",
+        ),
+        ({"stream_options": {"usage": True}}, "stream_options", "stream_options: field 'usage'"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_named_with_its_place(
+    fields: dict[str, Any], param: str, says: str
+) -> None:
+    """One inside a message or a tool was named as if it stood at the top."""
+    response = ask(fake_app(saying("a")), PATH, ASKED | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_field", param)
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"reasoning_budget": 5}])
+@pytest.mark.parametrize("limit", ["server", "engine"])
+def test_a_conversation_that_is_too_long_is_refused_by_its_field(limit: str, fields: dict[str, Any]) -> None:
+    """Clients read ``param``, which was null or another route's."""
+    engine = qwen("a")
+    engine.max_context = 50
+    app = fake_app(engine, **({"max_prompt_tokens": 20} if limit == "server" else {}))
+    error = ask(app, PATH, {"messages": [{"role": "user", "content": "a" * 50}], **fields}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(

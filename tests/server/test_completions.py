@@ -46,6 +46,7 @@ def test_usage_counts_all_prompts_and_choices() -> None:
     assert body["usage"]["prompt_tokens"] == 3
     assert body["usage"]["completion_tokens"] == len("AB!ABAB!" + "C!CC!")
     assert body["usage"]["total_tokens"] == 3 + 13
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 + 2}
     assert (body["object"], body["model"], body["id"][:5]) == ("text_completion", "fake", "cmpl-")
 
 

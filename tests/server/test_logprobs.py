@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
 from hrwkv.engine.request import TokenLogprob
 from hrwkv.server.logprobs import IMPOSSIBLE, Logprobs
 from tests.server.fakes import byte_tokenizer
@@ -39,6 +43,22 @@ def test_impossible_tokens_are_numbers_in_json() -> None:
         assert str(IMPOSSIBLE) in json.dumps(found, allow_nan=False)
 
 
-def test_a_part_of_a_character_has_no_bytes() -> None:
-    whole, part = Logprobs(TOKENIZER).chat([TokenLogprob(LETTER, -1.0), TokenLogprob(FIRST, -1.0)])
-    assert (whole["bytes"], part["bytes"]) == ([97], None)
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama's kind: characters, and bytes of those that it does not have."""
+    vocab = {name: number for number, name in enumerate(["a", "\ufffd", "<0xC3>", "<0xA9>"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, fallback_tokenizer()], ids=["bytes", "fallback"])
+def test_bytes_of_tokens_are_those_of_their_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Parts of a character had none, so a client could not put them together."""
+    ids = tokenizer("a\u00e9", add_special_tokens=False)["input_ids"]
+    entries = Logprobs(tokenizer).chat([TokenLogprob(token, -1.0) for token in ids])
+    assert [entry["bytes"] for entry in entries] == [[0x61], [0xC3], [0xA9]]
+    assert [entry["token"] for entry in entries] == ["a", "\ufffd", "\ufffd"]
+
+
+def test_bytes_that_are_not_known_are_null() -> None:
+    assert Logprobs(fallback_tokenizer()).chat([TokenLogprob(1, -1.0)])[0]["bytes"] is None

@@ -63,9 +63,10 @@ def test_metrics_are_prometheus_text() -> None:
     app = fake_app(engine())
     text = ask(app, "/metrics").text
     samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
-    for name in ("queued", "running", "kv_blocks_used", "state_slots_total", "state_bytes", "kv_bytes"):
+    gauges = "queued running kv_blocks_used state_slots_total state_bytes kv_bytes prefix_bytes"
+    for name in gauges.split():
         assert samples[f"hrwkv_{name}"] == 3
-    for name in ("prompt_tokens", "generated_tokens", "preempted"):
+    for name in ("prompt_tokens", "prompt_tokens_reused", "generated_tokens", "preempted"):
         assert samples[f"hrwkv_{name}_total"] == 3
     assert samples["hrwkv_healthy"] == 1
     assert samples["hrwkv_time_to_first_token_seconds_count"] == 1
@@ -95,13 +96,15 @@ def test_prompts_are_logged_only_if_asked_for(shown: bool, caplog: pytest.LogCap
 def test_a_refusal_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hrwkv.server.errors")
     app = fake_app(engine())
+    ask(fake_app(engine(), api_keys=["k"]), "/v1/a%0Ab", headers={"Authorization": "Bearer secret"})
     ask(app, "/v1/completions", {"prompt": "a", "top\nq": 1})
     ask(app, "/v1/completions", {"prompt": "a", "n": "x"})
     ask(app, "/v1/completions", {"prompt": "a", "top_p": -1})
     assert [record.getMessage() for record in caplog.records] == [
+        "refused '/v1/a\\nb': 401 invalid_api_key",
         "refused '/v1/completions': 400 unsupported_field 'top\\nq'",
         "refused '/v1/completions': 422 invalid_request_error 'n'",
-        "refused '/v1/completions': 400 invalid_request_error",
+        "refused '/v1/completions': 400 invalid_request_error 'top_p'",
     ]
 
 
@@ -131,3 +134,4 @@ def test_times_and_lengths_are_the_settings() -> None:
     response = ask(app, "/v1/completions", {"prompt": "abcd"})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert "the prompt has 4 tokens, expected at most 3" in response.text
+    assert response.json()["error"]["param"] == "prompt"

@@ -80,11 +80,11 @@ def reference() -> Any:
     """Greedy text by the loop of ``hrwkv generate``, which shares no code with the engine's."""
     model, tokenizer = open_directory(MODEL)
 
-    def text(prompt: str, *, chat: bool = False, count: int = TOKENS) -> str:
+    def text(prompt: str, *, chat: bool = False, special: bool = True, count: int = TOKENS) -> str:
         if chat:
             messages = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=special and not chat)["input_ids"]
         return "".join(stream_text(model, tokenizer, ids, sampling=Sampling(max_new_tokens=count)))
 
     return text
@@ -117,7 +117,32 @@ def test_chats_are_the_models(running: Running, reference: Any) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == answer.choices[0].message.content
-    assert chunks[-1].usage == answer.usage
+    found, expected = chunks[-1].usage, answer.usage
+    assert found is not None
+    assert expected is not None
+    assert (found.prompt_tokens, found.completion_tokens) == (expected.prompt_tokens, TOKENS)
+
+
+def test_a_conversation_is_continued_and_not_read_again(running: Running, reference: Any) -> None:
+    """Two turns as a client sends them; the second answer is that of the whole text."""
+    template = running.engine.tokenizer.apply_chat_template
+    messages: list[Any] = [{"role": "user", "content": "def find(items, key):\n    for item in items:\n"}]
+    cached = []
+    for _ in range(2):
+        answer = running.client.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=TOKENS, temperature=0
+        )
+        text = template(messages, add_generation_prompt=True, tokenize=False)
+        assert answer.choices[0].message.content == reference(text, special=False)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached.append((answer.usage.prompt_tokens_details.cached_tokens, answer.usage.prompt_tokens))
+        messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "and again"}]
+    assert cached[0][0] == 0
+    assert cached[0][1] - 1 <= cached[1][0] < cached[1][1]
+    counted = running.engine.stats()
+    assert counted.prompt_tokens_reused >= cached[1][0]
+    assert counted.prefix_bytes > 0
 
 
 def test_requests_side_by_side_are_as_alone(running: Running) -> None:
@@ -223,6 +248,10 @@ def test_an_answer_after_a_cut_reasoning_is_that_of_the_whole_text(thinking: Run
     assert message.content == after.lstrip()
     assert answer.usage is not None
     assert answer.usage.completion_tokens == TOKENS
+    before = thinking.engine.stats().prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="the regex is not one that can be matched"):
+        thinking.client.chat.completions.create(model=NAME, messages=ASKED, extra_body={"guided_regex": "("})
+    assert thinking.engine.stats().prompt_tokens == before
 
 
 @pytest.mark.parametrize(

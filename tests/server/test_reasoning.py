@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hrwkv.engine.request import SamplingParams
-from tests.server.fakes import FakeEngine, ask, byte_tokenizer, events, fake_app
+from tests.server.fakes import WRONG, FakeEngine, ask, byte_tokenizer, events, fake_app
 from tests.server.test_chat import ASKED, CALL, PATH, folded
 from tests.server.test_template import TOOL
 
@@ -47,6 +47,7 @@ def test_reasoning_is_cut_at_its_budget(stream: bool) -> None:
     if not stream:
         assert body["usage"]["prompt_tokens"] == len(OPENED)
         assert body["usage"]["completion_tokens"] == 6 + len("so be it")
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
 def test_reasoning_that_ends_in_time_is_left_as_it_is() -> None:
@@ -62,7 +63,7 @@ def test_a_budget_of_nothing_closes_at_once() -> None:
     engine = thinker("never", "so")
     message = ask(fake_app(engine), PATH, ASKED | {"reasoning_budget": 0}).json()["choices"][0]["message"]
     assert prompts(engine) == ["user: a\nassistant: <think>\n\n</think>\n\n"]
-    assert message == {"role": "assistant", "content": "so"}
+    assert message == {"role": "assistant", "content": "so", "refusal": None}
 
 
 def test_an_answer_that_is_no_longer_than_its_reasoning_has_no_second_request() -> None:
@@ -70,7 +71,8 @@ def test_an_answer_that_is_no_longer_than_its_reasoning_has_no_second_request() 
     body = ask(fake_app(engine), PATH, ASKED | {"reasoning_budget": 9, "max_tokens": 4}).json()
     assert len(engine.requests) == 1
     assert body["choices"][0]["finish_reason"] == "length"
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "", "reasoning_content": "long"}
+    message = body["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("", "long")
 
 
 def test_the_models_own_end_ends_it() -> None:
@@ -99,12 +101,27 @@ def test_a_form_holds_for_the_answer_only() -> None:
     assert 0 < second < first == 600
 
 
+def test_the_closing_tag_is_none_of_a_clients_stop_texts() -> None:
+    engine, stops = thinker("why", "so"), [str(number) for number in range(16)]
+    assert ask(fake_app(engine), PATH, ASKED | {"reasoning_budget": 9, "stop": stops}).status_code == 200
+    assert engine.requests[0].params.stop == (*stops, "</think>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_is_wrong_is_refused_before_any_reasoning(stream: bool) -> None:
+    """It was an error behind the reasoning, minutes later."""
+    engine = thinker("why ", "never", stops=("</think>",))
+    response = ask(fake_app(engine), PATH, ASKED | {"guided_regex": WRONG, "stream": stream})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "grammar_failed")
+    assert engine.requests == []
+
+
 def test_without_thinking_a_form_needs_one_request() -> None:
     engine = thinker("never", "{}")
     off = {"guided_regex": "[{}]+", "chat_template_kwargs": {"enable_thinking": False}}
     message = ask(fake_app(engine), PATH, ASKED | off).json()["choices"][0]["message"]
     assert len(engine.requests) == 1
-    assert message == {"role": "assistant", "content": "{}"}
+    assert message == {"role": "assistant", "content": "{}", "refusal": None}
 
 
 def test_a_demanded_call_comes_after_reasoning() -> None:
@@ -122,7 +139,7 @@ def test_a_demanded_call_comes_after_reasoning() -> None:
     ("fields", "says"),
     [
         ({"reasoning_budget": 5, "n": 2}, "n is 2, expected 1"),
-        ({"reasoning_budget": 5, "stop": [str(number) for number in range(16)]}, "expected at most 16"),
+        ({"reasoning_budget": 5, "stop": [str(number) for number in range(17)]}, "expected at most 16"),
     ],
 )
 def test_refusals(fields: dict[str, Any], says: str) -> None:

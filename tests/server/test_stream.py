@@ -180,7 +180,8 @@ def test_what_runs_is_finished_before_the_end() -> None:
     asyncio.run(main())
 
 
-def test_what_does_not_finish_is_cut_off_at_the_end() -> None:
+def test_what_does_not_finish_is_cut_off_at_the_end_and_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """It just broke off, which some clients take for the end; uvicorn called it an error of ours."""
     engine = endless(is_held=True)
 
     async def main() -> None:
@@ -188,10 +189,14 @@ def test_what_does_not_finish_is_cut_off_at_the_end() -> None:
             reader, _ = await post_raw(url, BODY)
             await reader.readuntil(b'"text":"x"')
             server.handle_exit(15, None)
-            assert b"[DONE]" not in await reader.read()
+            rest = await reader.read()
+            last, end, after = rest.split(b"data: ")[-2:] + [rest[-5:]]
+            assert json.loads(last)["error"]["code"] == "not_ready"
+            assert (end[:6], after) == (b"[DONE]", b"0\r\n\r\n")
 
     asyncio.run(main())
     assert engine.requests[0].is_cancelled
+    assert "without completing response" not in caplog.text
 
 
 def test_who_is_cut_off_before_the_first_byte_is_told_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """What a chat template says: the prompt, where reasoning begins, whether tools can be read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,16 @@ def test_a_template_may_open_the_reasoning() -> None:
     assert chat.render(messages(("user", "a")), variables={}).opened
 
 
-@pytest.mark.parametrize("name", ["chat_template", "messages", "add_generation_prompt", "tools"])
-def test_a_client_cannot_replace_the_rendering(name: str) -> None:
-    with pytest.raises(ApiError, match="which is not the template's"):
-        chat_format(CHAT).render(messages(("user", "a")), variables={name: "{{ 1 }}"})
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template", "messages", "add_generation_prompt", "tools", "bos_token", "eos_token", "self", "odd"],
+)
+def test_a_client_cannot_replace_what_the_server_sets(name: str) -> None:
+    """The special tokens could be replaced, those that a tokenizer lacks and those of its own kind too."""
+    chat = replace(chat_format(CHAT), special_tokens={"eos_token": "<end>", "odd": "<odd>"})
+    with pytest.raises(ApiError, match=f"has '{name}', which the server sets: leave it out") as caught:
+        chat.render(messages(("user", "a")), variables={name: "{{ 1 }}"})
+    assert (caught.value.status_code, caught.value.param) == (400, "chat_template_kwargs")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hrwkv.settings import EngineSettings
         ({"memory_fraction": 1.5}, "memory_fraction is 1.5, expected more than 0 and at most 1"),
         ({"cache_bytes": 0}, "cache_bytes is 0, expected more than 0, or left out"),
         ({"swap_bytes": -1}, "swap_bytes is -1, expected at least 0"),
+        ({"prefix_cache_bytes": -1}, "prefix_cache_bytes is -1, expected at least 0, or left out"),
     ],
 )
 def test_a_setting_that_no_engine_can_have_is_named(changes: dict[str, Any], message: str) -> None:

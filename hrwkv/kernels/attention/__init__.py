@@ -6,6 +6,7 @@ wants a gradient. None knows a position encoding: queries and keys come with the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,10 @@ def paged_attention(
         lengths: the N numbers of new tokens, on the host (>= 0, their sum is T).
         block_tables: ``[N, M]`` int64, each sequence's blocks in order; entries past its context are not
             read as content and may be anything up to the number of blocks. On a GPU M sets the cost of more
-            than 16 new tokens, which copy the blocks: trim it, or give ``contexts``.
+            than 16 new tokens without ``contexts``, which copy all M blocks: trim it, or give them.
         context_lens: ``[N]`` tokens in the cache of each sequence, the new ones included; 0 for a sequence
             that only fills a place in a CUDA graph: its one token gives zeros.
-        contexts: the same on the host, if it is known there; the result does not depend on it.
+        contexts: the same on the host, if it is known there: it saves a GPU copies, a mask and calls.
         context_starts: ``[N]`` first cached token that may be attended, 0 for None; a query before it gives
             zeros.
 
@@ -92,8 +93,9 @@ def paged_attention(
     for name, x in (("context_lens", context_lens), ("context_starts", context_starts)):
         if x is not None and x.shape != (len(lengths),):
             raise ValueError(f"{name} has shape {list(x.shape)}, expected [{len(lengths)}]: one per sequence")
+    packed = contexts if context_starts is None and sdpa.takes_contexts(q) else None
     outputs = []
-    for run in _runs(lengths, few=_FEW if q.is_cuda else 1):
+    for run in _runs(lengths, few=_FEW if q.is_cuda else 1, together=packed is not None):
         first, last = sum(lengths[: run.start]), sum(lengths[: run.stop])
         bounds = cu_seqlens[run.start : run.stop + 1]
         tables = block_tables[run]
@@ -108,6 +110,7 @@ def paged_attention(
                 lengths=lengths[run],
                 block_tables=tables,
                 context_lens=context_lens[run],
+                contexts=None if packed is None else packed[run],
                 context_starts=None if context_starts is None else context_starts[run],
             )
         )
@@ -123,25 +126,24 @@ def _attend_paged(
     lengths: Sequence[int],
     block_tables: Tensor,
     context_lens: Tensor,
+    contexts: Sequence[int] | None,
     context_starts: Tensor | None,
 ) -> Tensor:
-    """``paged_attention`` by the form for the device and the lengths."""
-    attend = sdpa.paged_attention
+    """``paged_attention`` by the form for the device and the lengths; contexts where varlen_attn serves."""
+    indices: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "lengths": lengths,
+        "block_tables": block_tables,
+        "context_lens": context_lens,
+    }
     if q.is_cuda:
         from hrwkv.kernels.attention import paged  # here, for Triton comes with a GPU's torch only
 
         if paged.is_supported(q, k_cache, v_cache, lengths=lengths):
-            attend = paged.paged_attention
-    return attend(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens=cu_seqlens,
-        lengths=lengths,
-        block_tables=block_tables,
-        context_lens=context_lens,
-        context_starts=context_starts,
-    )
+            return paged.paged_attention(q, k_cache, v_cache, context_starts=context_starts, **indices)
+    if contexts is not None:
+        return sdpa.paged_varlen_attention(q, k_cache, v_cache, contexts=contexts, **indices)
+    return sdpa.paged_attention(q, k_cache, v_cache, context_starts=context_starts, **indices)
 
 
 @torch.no_grad()
@@ -178,12 +180,13 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
     store(k, v, k_cache, v_cache, slot_mapping=slot_mapping)
 
 
-def _runs(lengths: Sequence[int], *, few: int) -> list[slice]:
-    """Neighbours that attend in one call: those of one length, and those of at most ``few`` tokens.
+def _runs(lengths: Sequence[int], *, few: int, together: bool) -> list[slice]:
+    """Neighbours that attend in one call: those of at most ``few`` tokens, and those of one length.
 
-    In one call all are as wide as the longest, so a prompt must not share one with the next tokens of others.
+    With a mask all in one call are as wide as the longest, so a prompt must not share one with the next
+    tokens of others. Where the form packs them, all of more than ``few`` go ``together``.
     """
-    kinds = [0 if length <= few else length for length in lengths]
+    kinds = [0 if length <= few else 1 if together else length for length in lengths]
     starts = [n for n, kind in enumerate(kinds) if not n or kind != kinds[n - 1]]
     return [slice(*ends) for ends in zip(starts, [*starts[1:], len(kinds)], strict=True)] or [slice(0, 0)]
 

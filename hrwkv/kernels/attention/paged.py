@@ -6,8 +6,8 @@ https://pytorch.org/blog/flash-decoding), whose results a second kernel combines
 inputs give the same bits. A grid depends on shapes alone and nothing is read back, so a CUDA graph may record
 the launches.
 
-Key sizes are cut into equal parts that are powers of two (96 is 3 x 32): Triton knows no other tiles, and
-padding 96 to 128 would cost a third more work. Gradients, and prefill with many tokens, are left to ``sdpa``.
+Key sizes are cut into parts that are powers of two (96 is 64 + 32): Triton knows no other tiles, and padding
+96 to 128 would cost a third more work. Gradients, and prefill with many tokens, are left to ``sdpa``.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 MAX_NEW_TOKENS = 16  # of a sequence; with more, products take longer than the copy of the cache saves
 
 _TILE = 64  # cached tokens read at a time, half as many in fp32
-_STAGES = 5 if torch.version.hip is None else 3  # tiles on their way; AMD's shared memory holds fewer
+_STAGES = 4 if torch.version.hip is None else 3  # tiles on their way; AMD's shared memory holds fewer
 _WARPS = 4
 _MAX_ROWS = 64  # query rows of a program, 16 in fp32; more take more programs, and each reads the cache
 _PROGRAMS = 4 * 132  # run at the same time on an H100 or H200; elsewhere the number costs speed only
@@ -84,7 +84,7 @@ def paged_attention(
         HEADS=num_heads,
         GROUP=group,
         K=size,
-        PART=_part(size),
+        PARTS=_parts(size),
         ROWS=rows,
         TILE=tile,
         TILE_IN_BLOCK=block_size % tile == 0,
@@ -101,7 +101,7 @@ def paged_attention(
             num_splits,
             SPLITS=triton.next_power_of_2(num_splits),
             K=size,
-            PART=_part(size),
+            PARTS=_parts(size),
             num_warps=1 if num_splits <= 8 else 4,
         )
     return o
@@ -126,15 +126,18 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_map
         k_cache.shape[1],
         HEADS=num_kv_heads,
         K=size,
-        PART=_part(size),
+        PARTS=_parts(size),
         ROWS=_STORE_ROWS,
         num_warps=_WARPS,
     )
 
 
-def _part(size: int) -> int:
-    """Give the largest power of two that divides a key size, at most 64."""
-    return min(size & -size, 64)
+def _parts(size: int) -> tuple[tuple[int, int], ...]:
+    """Cut a key size into powers of two of at most 64, largest first: where each starts and its width."""
+    parts: list[tuple[int, int]] = []
+    while (first := sum(width for _, width in parts)) < size:
+        parts.append((first, min(64, 1 << (size - first).bit_length() - 1)))
+    return tuple(parts)
 
 
 def _num_splits(programs: int, *, tiles: int) -> int:
@@ -169,7 +172,7 @@ def _attend_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
-    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TILE_IN_BLOCK: tl.constexpr,
@@ -191,8 +194,6 @@ def _attend_kernel(
     length = tl.load(cu_seqlens + sequence + 1) - first_token
     token = first_token + step
     is_query = step < length
-    column = tl.arange(0, PART)
-    zero = tl.zeros([ROWS, PART], tl.float32)
 
     context = tl.load(context_lens + sequence).to(tl.int32)
     start = 0
@@ -207,9 +208,10 @@ def _attend_kernel(
     queries: tl.tuple = ()
     acc: tl.tuple = ()
     q_row = q + token.to(tl.int64) * q_stride[0] + head * q_stride[1]
-    for first in tl.static_range(0, K, PART):
-        x = tl.load(q_row[:, None] + (first + column) * q_stride[2], mask=is_query[:, None], other=0.0)
-        queries, acc = queries + (x.to(operand),), acc + (zero,)
+    for part in tl.static_range(len(PARTS)):
+        column = PARTS[part][0] + tl.arange(0, PARTS[part][1])
+        x = tl.load(q_row[:, None] + column * q_stride[2], mask=is_query[:, None], other=0.0)
+        queries, acc = queries + (x.to(operand),), acc + (tl.zeros(x.shape, tl.float32),)
     largest = tl.full([ROWS], -1e30, tl.float32)  # finite: -inf minus -inf would be NaN
     total = tl.zeros([ROWS], tl.float32)
     block_tables += sequence * table_stride[0]
@@ -230,8 +232,8 @@ def _attend_kernel(
         v_row = v_cache + block.to(tl.int64) * v_stride[0] + place.to(tl.int64) * v_stride[1]
 
         scores = tl.zeros([ROWS, TILE], tl.float32)
-        for part in tl.static_range(K // PART):
-            key = k_row[:, None] + (part * PART + column) * k_stride[3]
+        for part in tl.static_range(len(PARTS)):
+            key = k_row[:, None] + (PARTS[part][0] + tl.arange(0, PARTS[part][1])) * k_stride[3]
             key = tl.load(key, mask=written[:, None], other=0.0).to(operand)
             scores = tl.dot(queries[part], tl.trans(key), scores, input_precision="ieee")
         allowed = written & (position <= last_position[:, None])
@@ -242,9 +244,9 @@ def _attend_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         largest = larger
         sums: tl.tuple = ()
-        for part in tl.static_range(K // PART):
+        for part in tl.static_range(len(PARTS)):
             # Masked, for a weight of 0 times the NaN that fresh memory may hold is NaN.
-            value = v_row[:, None] + (part * PART + column) * v_stride[3]
+            value = v_row[:, None] + (PARTS[part][0] + tl.arange(0, PARTS[part][1])) * v_stride[3]
             value = tl.load(value, mask=written[:, None], other=0.0).to(operand)
             scaled = acc[part] * shrink[:, None]
             sums = sums + (tl.dot(weights.to(operand), value, scaled, input_precision="ieee"),)
@@ -257,13 +259,13 @@ def _attend_kernel(
         out_row += split.to(tl.int64) * num_tokens * HEADS
         tl.store(lse + out_row, largest + tl.log2(total), mask=is_query)
         is_written = is_query & (total > 0)
-    for part in tl.static_range(K // PART):
-        output = o + out_row[:, None] * K + part * PART + column
+    for part in tl.static_range(len(PARTS)):
+        output = o + out_row[:, None] * K + PARTS[part][0] + tl.arange(0, PARTS[part][1])
         tl.store(output, (acc[part] * norm[:, None]).to(o.dtype.element_ty), mask=is_written[:, None])
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def _combine_kernel(split_o, lse, o, num_splits, SPLITS: tl.constexpr, K: tl.constexpr, PART: tl.constexpr):
+def _combine_kernel(split_o, lse, o, num_splits, SPLITS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
     """Join one query's results ``split_o [splits, T, H, K]``, ``lse [splits, T, H]`` into ``o [T, H, K]``."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
     place = tl.arange(0, SPLITS).to(tl.int64) * num_rows + row
@@ -271,8 +273,8 @@ def _combine_kernel(split_o, lse, o, num_splits, SPLITS: tl.constexpr, K: tl.con
     largest = tl.maximum(tl.max(sum_log, axis=0), -1e30)  # finite: -inf minus -inf would be NaN
     weights = tl.exp2(sum_log - largest)
     weights /= tl.maximum(tl.sum(weights, axis=0), 1e-30)  # the sum is 0, as every weight, or at least 1
-    for first in tl.static_range(0, K, PART):
-        column = first + tl.arange(0, PART)
+    for part in tl.static_range(len(PARTS)):
+        column = PARTS[part][0] + tl.arange(0, PARTS[part][1])
         x = tl.load(split_o + place[:, None] * K + column, mask=weights[:, None] > 0, other=0.0)
         x = tl.sum(x * weights[:, None], axis=0)
         tl.store(o + row.to(tl.int64) * K + column, x.to(o.dtype.element_ty))
@@ -293,7 +295,7 @@ def _store_kernel(
     block_size,
     HEADS: tl.constexpr,
     K: tl.constexpr,
-    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Copy some rows (token, KV head) of k and v to their slots."""
@@ -306,8 +308,8 @@ def _store_kernel(
     v_row = v + token * v_stride[0] + head * v_stride[1]
     k_slot = k_cache + block * k_cache_stride[0] + place * k_cache_stride[1] + head * k_cache_stride[2]
     v_slot = v_cache + block * v_cache_stride[0] + place * v_cache_stride[1] + head * v_cache_stride[2]
-    for first in tl.static_range(0, K, PART):
-        column = first + tl.arange(0, PART)
+    for part in tl.static_range(len(PARTS)):
+        column = PARTS[part][0] + tl.arange(0, PARTS[part][1])
         x = tl.load(k_row[:, None] + column * k_stride[2], mask=used)
         y = tl.load(v_row[:, None] + column * v_stride[2], mask=used)
         tl.store(k_slot[:, None] + column * k_cache_stride[3], x.to(k_cache.dtype.element_ty), mask=used)

@@ -4,8 +4,9 @@ Packed: sequences of one length become a batch by a view. Otherwise the CPU runs
 GPU one call for all whose lengths are given, so that nothing waits for the device: varlen_attn in half
 precision, a jagged nested tensor in fp32, which varlen_attn does not take. In half precision no KV head is
 repeated.
-Paged: blocks are gathered into a padded batch with a mask. That copies the cache once a call, which the
-products of a prefill outweigh; for a few new tokens ``paged`` reads the blocks in place.
+Paged: blocks are gathered, which copies each context once a call. The products of a prefill outweigh that;
+for a few new tokens ``paged`` reads the blocks in place. In half precision on a GPU contexts are packed for
+varlen_attn where their lengths are known on the host; else they become a padded batch with a mask.
 """
 
 import functools
@@ -26,6 +27,16 @@ _grouped_varlen_attn = (
 )
 
 
+def takes_varlen(q: Tensor) -> bool:
+    """Tell whether varlen_attn takes such queries: half precision on a GPU, a key size that it vectorises."""
+    return q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0
+
+
+def takes_contexts(q: Tensor) -> bool:
+    """Tell whether ``paged_varlen_attention`` takes such queries: NVIDIA's kernels align bottom-right."""
+    return takes_varlen(q) and torch.version.hip is None  # AMD's were not tried with fewer queries than keys
+
+
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, lengths: Sequence[int]
 ) -> Tensor:
@@ -37,11 +48,9 @@ def varlen_attention(
     # 28.7 / 101, 38.2 / 155; 32768 in ten lengths varlen_attn 7.3 / 29.3, jagged 7.7 / 30.6.
     if min(present) == max(present):
         return _attend_causal(*(x.unflatten(0, (len(present), present[0])) for x in (q, k, v))).flatten(0, 1)
-    if q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0:
-        longest = max(present)
-        o = _grouped_varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
-        assert isinstance(o, Tensor)  # it gives more only where more is asked for
-        return o
+    if takes_varlen(q):
+        ends, longest = cu_seqlens, max(present)
+        return _attend_varlen(q, k, v, cu_seq_q=ends, cu_seq_k=ends, max_q=longest, max_k=longest)
     if q.is_cuda and q.dtype != torch.float64:
         return _attend_jagged(q, k, v, offsets=cu_seqlens, lengths=lengths)
     parts = zip(q.split(present), k.split(present), v.split(present), strict=True)
@@ -60,7 +69,7 @@ def paged_attention(
     context_lens: Tensor,
     context_starts: Tensor | None = None,
 ) -> Tensor:
-    """Attend to a paged cache; the contract is ``hrwkv.kernels.attention.paged_attention``'s."""
+    """Attend with a mask; the contract is ``hrwkv.kernels.attention.paged_attention``'s."""
     if not len(q):
         return q.clone()  # empty too, and still part of the graph
     longest, block_size = max(lengths), k_cache.shape[1]
@@ -86,6 +95,35 @@ def paged_attention(
     return o[sequence, torch.arange(len(q), device=q.device) - cu_seqlens[sequence]]
 
 
+def paged_varlen_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    block_tables: Tensor,
+    context_lens: Tensor,
+    contexts: Sequence[int],
+) -> Tensor:
+    """Attend without mask or repeated heads where ``takes_contexts``; the contract is ``paged_attention``'s.
+
+    contexts: ``context_lens`` on the host, so that nothing waits for the device.
+    """
+    if not len(q):
+        return q.clone()  # empty too, and still part of the graph
+    # H200, ms, 2048 tokens at the end of 16384, K = 96 / 128 / 64: 2.27 / 3.00 / 1.74; with a mask
+    # 4.00 / 4.22 / 2.81. cuDNN over the earlier tokens and over the new ones, joined by their sums:
+    # 1.75 / 1.84 / 1.26, but it takes 85 ms to prepare each new shape, and prompts seldom end alike.
+    k, v = (
+        _pack_contexts(cache, block_tables, contexts=contexts).to(q.dtype) for cache in (k_cache, v_cache)
+    )
+    ends = F.pad(context_lens.cumsum(0), (1, 0)).int()
+    return _attend_varlen(
+        q, k, v, cu_seq_q=cu_seqlens, cu_seq_k=ends, max_q=max(lengths), max_k=max(contexts)
+    )
+
+
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *, slot_mapping: Tensor) -> None:
     """Write each token's key and value; the contract is ``hrwkv.kernels.attention.store_kv``'s."""
     block_size, used = k_cache.shape[1], slot_mapping >= 0
@@ -100,6 +138,18 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # On a GPU only the kernels for half precision without a mask group heads.
     q, k, v, grouped = _match_heads(q, k, v, repeat=q.is_cuda and q.dtype not in _HALF)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    """Attend in one call over different lengths: q ``[T, H, K]``, k and v ``[S, H_kv, K]``.
+
+    FlashAttention-2's causality is aligned bottom-right: a sequence's last query sees its last key.
+    """
+    o = _grouped_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
+    assert isinstance(o, Tensor)  # it gives more only where more is asked for
+    return o
 
 
 def _match_heads(q: Tensor, k: Tensor, v: Tensor, *, repeat: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -129,6 +179,14 @@ def _attend_jagged(q: Tensor, k: Tensor, v: Tensor, *, offsets: Tensor, lengths:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return o.transpose(1, 2).values()
+
+
+def _pack_contexts(cache: Tensor, block_tables: Tensor, *, contexts: Sequence[int]) -> Tensor:
+    """Copy each sequence's tokens behind one another: ``[sum(contexts), H_kv, K]``, no unused row."""
+    block_size = cache.shape[1]
+    pairs = zip(block_tables, contexts, strict=True)
+    parts = [cache[table[: -(-context // block_size)]].flatten(0, 1)[:context] for table, context in pairs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _gather_blocks(cache: Tensor, block_tables: Tensor, *, written: Tensor) -> Tensor:

@@ -53,15 +53,13 @@ def gradients(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (block of TK keys, head, chunk).
+    """One program per (head, chunk), which goes through the keys TK at a time.
 
     ``states``, ``dstates`` [NT, H, V, K] and ``u``, ``dy`` [NT, H, C, V]; outputs [T, H, K]; all but
     log_decay in ``DOT``.
     """
-    pair = tl.program_id(0) // (K // TK)  # one axis: CUDA's others end at 65,535, which is 2 M tokens
-    first_column = tl.program_id(0) % (K // TK) * TK
-    head = pair % H
-    chunk = (pair // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    chunk = (tl.program_id(0) // H).to(tl.int64)
     start = tl.load(chunks + 2 * chunk).to(tl.int64)
     count = tl.load(chunks + 2 * chunk + 1)
     row = tl.arange(0, 2 * C)
@@ -70,7 +68,7 @@ def gradients(
     present = step < count
     at = step * (H * K)
     at_a = step * (H_A * K)
-    tokens = (start * H + head) * K + first_column
+    tokens = (start * H + head) * K
     r += tokens
     k += tokens
     b += tokens
@@ -80,60 +78,72 @@ def gradients(
     da += tokens
     db += tokens
     dlog_decay += tokens
-    a += (start * H_A + head // (H // H_A)) * K + first_column
+    a += (start * H_A + head // (H // H_A)) * K
     v += (start * H_V + head // (H // H_V)) * V
     do += (start * H + head) * V
     u += (chunk * H + head) * (C * V)
     dy += (chunk * H + head) * (C * V)
-    states += (chunk * H + head) * (V * K) + first_column
-    dstates += (chunk * H + head) * (V * K) + first_column
-
-    # What the value axis carries: [dP_ab, dP_ak; dP_rb, dP_rk] = tril([dY; dO] [U; Vm]^T) of (22e), and the
-    # states' share of (22f).
-    columns = tl.arange(0, TK)
-    dp = tl.zeros([2 * C, 2 * C], tl.float32)
-    dar = tl.zeros([2 * C, TK], tl.float32)
-    dbk_end = tl.zeros([2 * C, TK], tl.float32)
-    dending = tl.zeros([TV, TK], tl.float32)
-    for j in tl.range(0, V // TV, num_stages=STAGES):
-        values = j * TV + tl.arange(0, TV)
-        left = stacked(dy, do, step * V, step * (H * V), values, first, present)
-        right = stacked(u, v, step * V, step * (H_V * V), values, first, present)
-        of_state = values[:, None] * K + columns[None, :]
-        state = tl.load(states + of_state)
-        dstate = tl.load(dstates + of_state)
-        dp = tl.dot(left, tl.trans(right), dp, input_precision=PRECISION)
-        dar = tl.dot(left, state, dar, input_precision=PRECISION)
-        dbk_end = tl.dot(right, dstate, dbk_end, input_precision=PRECISION)
-        dending += state.to(tl.float32) * dstate.to(tl.float32)
+    states += (chunk * H + head) * (V * K)
+    dstates += (chunk * H + head) * (V * K)
+    chunk_row = tl.arange(0, C)
+    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
     allowed = (step[:, None] > step[None, :]) | ((step[:, None] == step[None, :]) & (row >= C)[:, None])
+
+    # [dP_ab, dP_ak; dP_rb, dP_rk] = tril([dY; dO] [U; Vm]^T) of (22e), once for all keys.
+    dp = tl.zeros([2 * C, 2 * C], tl.float32)
+    left = ()
+    right = ()
+    for j in tl.static_range(V // TV):
+        values = j * TV + tl.arange(0, TV)
+        left = left + (stacked(dy, do, step * V, step * (H * V), values, first, present),)
+        right = right + (stacked(u, v, step * V, step * (H_V * V), values, first, present),)
+        dp = tl.dot(left[j], tl.trans(right[j]), dp, input_precision=PRECISION)
     dp_low = tl.where(allowed, dp, 0.0).to(DOT)
 
-    chunk_row = tl.arange(0, C)
-    g = load_tile(log_decay, chunk_row * H, columns, chunk_row < count, K)  # [C, TK]
-    exact: tl.constexpr = log_decay.dtype.element_ty == DOT
-    ending = tl.exp2(tl.sum(g, axis=0) * LOG2E)
-    # exp(G_t) for r, exp(G_{t-1}) for a; exp(-G_t) for b and k.
-    grow = (step + (row >= C))[:, None] > chunk_row[None, :]
-    grow = tl.exp2(running_sum(grow, g, DOT, PRECISION, exact) * LOG2E)
-    shrink = step[:, None] >= chunk_row[None, :]
-    shrink = tl.exp2(running_sum(shrink, g, DOT, PRECISION, exact) * -LOG2E)
-    ar = rounded(stacked(a, r, at_a, at, columns, first, present).to(tl.float32) * grow, DOT)
-    bk = rounded(stacked(b, k, at, at, columns, first, present).to(tl.float32) * shrink, DOT)
-    dar = tl.dot(dp_low, bk.to(DOT), dar, input_precision=PRECISION)
-    dbk_end *= ending[None, :]
-    dbk = tl.dot(tl.trans(dp_low), ar.to(DOT), dbk_end, input_precision=PRECISION)
-    rows = tl.where(first, da + at, dr + at)
-    tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
-    rows = tl.where(first, db + at, dk + at)
-    tl.store(rows[:, None] + columns[None, :], (dbk * shrink).to(DOT), mask=present[:, None])
-    # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t, the end of the chunk on G_C.
-    of_end = tl.sum(dending, axis=0) * ending + tl.sum(bk * dbk_end, axis=0)
-    later = (step + (row >= C))[None, :] > chunk_row[:, None]  # [C, 2C]
-    dg = running_sum(later, ar * dar, DOT, PRECISION) + of_end[None, :]
-    dg -= running_sum(step[None, :] >= chunk_row[:, None], bk * dbk, DOT, PRECISION)
-    tl.store(
-        dlog_decay + (chunk_row * (H * K))[:, None] + columns[None, :],
-        dg.to(dlog_decay.dtype.element_ty),
-        mask=(chunk_row < count)[:, None],
-    )
+    # What does not depend on the keys stays inside: outside it would hold registers that the tiles need.
+    for i in tl.range(0, K // TK, num_stages=STAGES, disable_licm=True):
+        columns = i * TK + tl.arange(0, TK)
+        dar = tl.zeros([2 * C, TK], tl.float32)
+        dbk_end = tl.zeros([2 * C, TK], tl.float32)
+        dending = tl.zeros([TV, TK], tl.float32)
+        for j in tl.static_range(V // TV):
+            values = j * TV + tl.arange(0, TV)
+            of_state = values[:, None] * K + columns[None, :]
+            state = tl.load(states + of_state)
+            dstate = tl.load(dstates + of_state)
+            if DOT == tl.float32:  # noqa: SIM300 (shared memory holds them in half precision only)
+                left_tile = stacked(dy, do, step * V, step * (H * V), values, first, present)
+                right_tile = stacked(u, v, step * V, step * (H_V * V), values, first, present)
+            else:
+                left_tile = left[j]
+                right_tile = right[j]
+            dar = tl.dot(left_tile, state, dar, input_precision=PRECISION)
+            dbk_end = tl.dot(right_tile, dstate, dbk_end, input_precision=PRECISION)
+            dending += state.to(tl.float32) * dstate.to(tl.float32)
+        g = load_tile(log_decay, chunk_row * H, columns, chunk_row < count, K)  # [C, TK]
+        ending = tl.exp2(running_sum(tl.full([2 * C, C], 1.0, tl.float32), g, DOT, PRECISION, exact) * LOG2E)
+        grow = (step + (row >= C))[:, None] > chunk_row[None, :]
+        grow = tl.exp2(running_sum(grow, g, DOT, PRECISION, exact) * LOG2E)
+        shrink = step[:, None] >= chunk_row[None, :]
+        shrink = tl.exp2(running_sum(shrink, g, DOT, PRECISION, exact) * -LOG2E)
+        ar = rounded(stacked(a, r, at_a, at, columns, first, present).to(tl.float32) * grow, DOT)
+        bk = rounded(stacked(b, k, at, at, columns, first, present).to(tl.float32) * shrink, DOT)
+        dar = tl.dot(dp_low, bk.to(DOT), dar, input_precision=PRECISION)
+        dbk = tl.dot(tl.trans(dp_low), ar.to(DOT), input_precision=PRECISION)
+        dbk_end *= ending
+        rows = tl.where(first, da + at, dr + at)
+        tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
+        rows = tl.where(first, db + at, dk + at)
+        tl.store(rows[:, None] + columns[None, :], ((dbk + dbk_end) * shrink).to(DOT), mask=present[:, None])
+        # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t and, through the chunk's end, on G_C.
+        # The sums are products of 2C rows, of which C count: so all stays in the threads where it is.
+        of_ar = ar * dar
+        dg = running_sum(step[None, :] >= row[:, None], of_ar - bk * dbk, DOT, PRECISION)
+        dg += running_sum(step[None, :] < row[:, None], bk * dbk_end, DOT, PRECISION)
+        dg += running_sum(tl.full([2 * C, TV], 1.0, tl.float32), dending, DOT, PRECISION) * ending
+        dg -= tl.where(first[:, None], of_ar, 0.0)
+        tl.store(
+            dlog_decay + (row * (H * K))[:, None] + columns[None, :],
+            dg.to(dlog_decay.dtype.element_ty),
+            mask=(row < count)[:, None],
+        )

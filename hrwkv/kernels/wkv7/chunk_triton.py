@@ -25,11 +25,15 @@ from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 
 CHUNK = 32
-# What tuning may choose from, the first where nothing is known. 160 registers let a third program run on an
-# NVIDIA multiprocessor, which is worth a few spills.
+# Chunks that one program of ``prepare`` works through.
+PER_PROGRAM = 4
+# What tuning may choose from, the first where nothing is known.
 PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
-WALK = [Config(TK=tile, BV=32, STAGES=stages, num_warps=2) for tile in (32, 64) for stages in (2, 3)]
-GRADIENTS = [Config(TK=32, num_warps=4), Config(TK=32, num_warps=4, maxnreg=160)]
+WALK = [
+    *(Config(TK=tile, BV=32, STAGES=2, num_warps=2) for tile in (32, 64)),
+    Config(TK=32, BV=64, STAGES=3, num_warps=4),
+]
+GRADIENTS = [Config(TK=32, STAGES=stages, num_warps=4) for stages in (1, 3)]  # in fp32 only the first fits
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -83,7 +87,9 @@ def wkv7(
     inputs = [
         x.contiguous() if x is log_decay else x.to(dtype).contiguous() for x in (r, log_decay, k, v, a, b)
     ]
-    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens))
+    # Inside the function gradients are always off, and inputs may need one all the same: it cannot be asked.
+    keep = torch.is_grad_enabled()
+    o, final = _ChunkedWkv7.apply(*inputs, initial_state, plan(lengths, cu_seqlens), keep)
     return o.to(v.dtype), final
 
 
@@ -101,10 +107,12 @@ class _ChunkedWkv7(torch.autograd.Function):
         b: Tensor,
         initial_state: Tensor | None,
         plan: Plan,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = (r, log_decay, k, v, a, b)
         parts = _prepare(inputs, plan, backward=False)
-        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=any(ctx.needs_input_grad))
+        keep = keep and any(ctx.needs_input_grad)
+        o, final, *kept = _walk(parts, v, plan, initial_state, reverse=False, keep=keep)
         ctx.save_for_backward(*inputs, *kept)
         ctx.plan, ctx.initial_dtype = plan, None if initial_state is None else initial_state.dtype
         return o, final
@@ -121,7 +129,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         da = torch.empty_like(r)
 
         def run(config: Config) -> None:
-            gradients[(r.shape[2] // config["TK"] * heads * plan.num_chunks,)](
+            gradients[(heads * plan.num_chunks,)](
                 *inputs,
                 do,
                 u,
@@ -138,8 +146,7 @@ class _ChunkedWkv7(torch.autograd.Function):
                 H_A=a.shape[1],
                 H_V=v.shape[1],
                 V=v.shape[2],
-                TV=32,
-                STAGES=2,
+                TV=32 if v.shape[2] % 64 else 64,
                 **_constants(r),
                 **config,
             )
@@ -147,7 +154,7 @@ class _ChunkedWkv7(torch.autograd.Function):
         if plan.num_chunks:
             _tuned("wkv7 gradients", r, GRADIENTS, run, size=r.shape[2], work=plan.num_chunks * heads)
         dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None
+        return dr, dlog_decay, dk, _sum_groups(dv, v), _sum_groups(da, a), db, dstate, None, None
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
@@ -181,30 +188,29 @@ def _tuned(
 
 
 def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[str, Tensor]:
-    """W, E, B', K' [NT, H, C, K], Q, F and where ``backward`` M, P_rb [NT, H, C, C], decays [NT, H, K]."""
+    """W, R, B', K' [NT, H, C, K], Q, P_rk, P_rb, M where ``backward`` [NT, H, C, C], decays [NT, H, K]."""
     r, log_decay, k, _, a, b = inputs
     heads, size = r.shape[1:]
     wide, square = (plan.num_chunks, heads, CHUNK, size), (plan.num_chunks, heads, CHUNK, CHUNK)
-    parts = {name: r.new_empty(wide) for name in ("w", "e", "b", "k")}
-    parts |= {name: r.new_empty(square) for name in ("q", "f")}
-    parts |= {name: r.new_empty(square if backward else 0) for name in ("m", "p")}
+    parts = {name: r.new_empty(wide) for name in ("w", "r", "b", "k")}
+    parts |= {name: r.new_empty(square) for name in ("q", "p_rk", "p_rb")}
+    parts["m"] = r.new_empty(square if backward else 0)
     parts["decay"] = r.new_empty(plan.num_chunks, heads, size, dtype=torch.float32)
 
     def run(config: Config) -> None:
-        prepare[(heads, -(-plan.num_chunks // 8))](
+        prepare[(heads, -(-plan.num_chunks // PER_PROGRAM))](
             r,
             log_decay,
             k,
             a,
             b,
             plan.chunks,
-            *(parts[name] for name in ("w", "e", "b", "k", "q", "f", "m", "p", "decay")),
+            *(parts[name] for name in ("w", "r", "b", "k", "q", "p_rk", "p_rb", "m", "decay")),
             plan.num_chunks,
             H=heads,
             H_A=a.shape[1],
-            PER=8,
+            PER=PER_PROGRAM,
             STAGES=2,
-            SOLVE="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             BACKWARD=backward,
             **_constants(r),
             **config,
@@ -226,9 +232,9 @@ def _walk(
     inner = parts["w"].new_empty((plan.num_chunks, heads, CHUNK, value_size) if keep else 0)
 
     def run(config: Config) -> None:
-        walk[(value_size // config["BV"] * heads * len(plan.lengths),)](
-            *(parts[name] for name in ("bwke" if reverse else "wbek")),
-            *(parts[name] for name in ("decay", "q", "f", "m", "p")),
+        walk[(-(-value_size // config["BV"]) * heads * len(plan.lengths),)](
+            *(parts[name] for name in ("bwkr" if reverse else "wbrk")),
+            *(parts[name] for name in ("decay", "q", "p_rk", "p_rb", "m")),
             x,
             y,
             inner,

@@ -114,6 +114,13 @@ def test_few_tokens_without_a_gradient_are_supported(tokens):
         assert paged.is_supported(q, k_cache, v_cache, lengths=(tokens,)) == few
 
 
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 112, 128], ids="K{}".format)
+def test_parts_are_powers_of_two_that_cover_the_key_size(size):
+    parts = paged._parts(size)
+    assert [column for first, width in parts for column in range(first, first + width)] == list(range(size))
+    assert all(width & (width - 1) == 0 and 16 <= width <= 64 for _, width in parts)
+
+
 @on_devices
 @pytest.mark.parametrize("size", [16, 80, 96, 128], ids="K{}".format)
 @pytest.mark.parametrize("cache_dtype", DTYPES)
