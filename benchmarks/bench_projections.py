@@ -117,7 +117,7 @@ def measure(kind: str, options: argparse.Namespace, *, rate: float, failures: li
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 512])
     parser.add_argument("--layers", type=int, default=4, help="modules that a graph walks")
     parser.add_argument("--size", type=int, default=6144, help="the model's width")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

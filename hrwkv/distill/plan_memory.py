@@ -216,9 +216,9 @@ def kept_bytes(config: HybridConfig, settings: DistillSettings, *, is_linear: bo
         mlp = 2 * width * inner  # gate and up
         again = config.hidden_size + 4 if settings.frozen_dtype == "float8" else narrow
     elif settings.mode == "frozen-mlp":
-        mlp = 3 * width * inner  # a frozen product keeps no input
+        mlp = 2 * width * inner  # gate and up: a frozen product keeps no input
     else:
-        mlp = 4 * width * inner + casts["mlp"]
+        mlp = 3 * width * inner + casts["mlp"]
     if is_linear:
         mixer = casts["linear"] + _linear_bytes(config, width)
     else:

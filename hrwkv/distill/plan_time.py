@@ -28,11 +28,11 @@ WIDENED = (0.547, 0.257)
 # mix, recurrence and finish, 8 x 4096 tokens at C = 6144: 4.6 ms forward, 14.2 ms backward, as bytes a token
 # and channel at the data sheet's 4.8 TB/s.
 MIXER_FORWARD, MIXER_BACKWARD = 110, 340
-# Both norms of a block, one launch each, with the residuals and casts around them, and SwiGLU in PyTorch, in
-# bf16 at 85 % of the data sheet's bandwidth: bytes a token and channel.
+# Both norms of a block, one launch each, with the residuals and casts around them, and the SwiGLU's gate, one
+# launch each way, in bf16 at 85 % of the data sheet's bandwidth: bytes a token and channel.
 COPY = 0.85
 NORM_FORWARD, NORM_BACKWARD = 26, 40
-GATE_FORWARD, GATE_BACKWARD = 10, 20
+GATE_FORWARD, GATE_BACKWARD = 6, 10
 # Weight, gradient and both moments, read and written once a step.
 ADAMW_BYTES = {"adamw": 28, "adamw8bit": 16}
 # Share that is left of n GPUs' speed when they exchange weights and gradients; assumed.

@@ -124,7 +124,7 @@ def align_step(
             with torch.no_grad(), gathered(block, then=following):
                 x = block.input_layernorm(hidden)
                 target, _ = block.mix(x, batch, rope)
-                hidden = block.feed_forward(hidden + target)
+                hidden = block.feed_forward(hidden, target)
             y, first = own.mix(x, batch, student_rope, first)
         loss = relative_error(y, target, ranks) * options.share(inputs)
         options.backward(loss * (1 / len(student.model.layers)))

@@ -115,7 +115,7 @@ class MixedModel:
             mixed, _ = self._student(layer, x, batch, rope, first if layer else None)
         else:
             mixed, _ = own.mix(x, batch, rope)
-        return own.feed_forward(hidden + mixed)
+        return own.feed_forward(hidden, mixed)
 
     def _student(
         self, layer: int, x: Tensor, batch: TokenBatch, rope: Rope, first: FirstLayer | None

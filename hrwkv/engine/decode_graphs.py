@@ -39,7 +39,7 @@ def batch_sizes(most: int) -> list[int]:
 class _Recording:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor  # [FIELDS, B] int64
-    logits: Tensor  # [B, V] fp32
+    logits: Tensor  # [B, V]
 
 
 class DecodeGraphs:
@@ -66,7 +66,7 @@ class DecodeGraphs:
             self._record(size)
 
     def run(self, places: Places) -> Tensor:
-        """Decode N sequences by one token each: logits [N, V] fp32, valid until the next run."""
+        """Decode N sequences by one token each: logits [N, V], valid until the next run."""
         num = len(places.slots)
         size = self._sizes[bisect_left(self._sizes, num)]
         if size not in self._recordings:
@@ -100,7 +100,7 @@ class DecodeGraphs:
 def decode(
     model: HybridModel, cache: HybridCache, inputs: Tensor, *, tables: Tensor, last_tokens: Tensor
 ) -> Tensor:
-    """What is recorded: inputs [FIELDS, B] int64 -> logits [B, V] fp32."""
+    """What is recorded: inputs [FIELDS, B] int64 -> logits [B, V]."""
     tokens, positions, slot_mapping, rows, contexts, state_slots = inputs
     tokens = torch.where(tokens < 0, last_tokens[rows], tokens)
     batch = TokenBatch(
@@ -112,7 +112,7 @@ def decode(
         slot_mapping=slot_mapping,
         context_lens=contexts,
     )
-    return model.compute_logits(model(tokens, batch, cache)).float()
+    return model.compute_logits(model(tokens, batch, cache))
 
 
 def padded_inputs(places: Places, size: int, *, spare: int) -> np.ndarray:

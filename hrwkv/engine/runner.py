@@ -210,7 +210,7 @@ class Runner:
             self._tables[:, :width].index_copy_(0, self._upload(slots), rows)
 
     def _logits(self, pieces: list[Piece], step: Step) -> Tensor:
-        """The forward: logits [N, V] fp32 of the pieces that sample, in their order."""
+        """The forward: logits [N, V] of the pieces that sample, in their order."""
         places = _places(pieces, self._host_tables, self._sizes)
         drawn = [n for n, piece in enumerate(pieces) if piece.samples]
         if self.graphs is not None and all(piece.count == 1 and not _num_scored(piece) for piece in pieces):
@@ -237,7 +237,7 @@ class Runner:
         )
         hidden = self.model(tokens, batch, self._cache)
         self._score_prompts(pieces, hidden, step)
-        return self.model.compute_logits(hidden[last]).float()
+        return self.model.compute_logits(hidden[last])
 
     def _score_prompts(self, pieces: list[Piece], hidden: Tensor, step: Step) -> None:
         start = 0

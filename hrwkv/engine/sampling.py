@@ -6,7 +6,8 @@ A draw depends on the seed, the position and the row's own logits, never on the 
 block of the vocabulary and then a token in it, so that noise is needed for some hundred places and not for
 all of the vocabulary.
 
-What no member of a batch uses costs nothing: ``SamplingBatch`` decides that on the host. min_p, top_k and
+What no member of a batch uses costs nothing: ``SamplingBatch`` decides that on the host, and logits are
+widened to fp32 only for what computes with them; the likeliest token is the same without. min_p, top_k and
 top_p are one floor under the logits; tokens with the same logit as the last one kept stay, so the outcome
 does not depend on how a sort breaks ties.
 """
@@ -209,7 +210,7 @@ class SampleResult:
 def sample(
     logits: Tensor, batch: SamplingBatch, *, positions: Tensor, bitmask: Tensor | None = None
 ) -> SampleResult:
-    """logits [N, V] fp32, left as they are -> the next token of each row, counted for its penalties.
+    """logits [N, V] any float dtype, left as they are -> the next token of each row, counted for penalties.
 
     positions: [N] int64, the place in its sequence that each new token will have (the first new one has
     ``prompt_length``). bitmask: [N, ceil(V / 32)] int32, bit t of a row allows token t; all ones where no
@@ -220,7 +221,7 @@ def sample(
     tokens = likeliest.squeeze(-1)
     if (filters := batch.filters) is not None:
         # The peak goes first: a temperature next to 0 then gives -inf and 0, never NaN.
-        weights = kept_weights((adjusted - peak) / filters.temperature, filters)
+        weights = kept_weights((adjusted.float() - peak) / filters.temperature, filters)
         drawn = draw(weights, seeds=batch.seeds, positions=positions)
         tokens = drawn if filters.greedy is None else torch.where(filters.greedy, tokens, drawn)
     if batch.penalties is not None:
@@ -234,10 +235,10 @@ def sample(
 def adjust_logits(
     logits: Tensor, batch: SamplingBatch, *, positions: Tensor, bitmask: Tensor | None = None
 ) -> Tensor:
-    """logits [N, V] with bias, bans, grammar and penalties, in this order; a copy if there is any of them."""
+    """logits [N, V] with bias, bans, grammar and penalties, in this order; a copy in fp32 if there is any."""
     if batch.bias is None and batch.bans is None and batch.penalties is None and bitmask is None:
         return logits
-    logits = logits.clone()
+    logits = logits.to(torch.float32, copy=True)
     if batch.bias is not None:
         logits.index_put_((batch.bias.rows, batch.bias.tokens), batch.bias.values, accumulate=True)
     if batch.bans is not None:
@@ -287,7 +288,8 @@ def draw(weights: Tensor, *, seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, top: int) -> TokenLogprobs:
-    """Log-probabilities of tokens [N] under logits [N, V], and the ``top`` likeliest, sorted."""
+    """Log-probabilities of tokens [N] under logits [N, V], and the ``top`` likeliest, sorted; fp32."""
+    logits = logits.float()
     total = logits.logsumexp(-1, keepdim=True)
     values, ids = logits.topk(min(top, logits.shape[1]), dim=-1)
     return TokenLogprobs((logits.gather(-1, tokens.unsqueeze(-1)) - total).squeeze(-1), ids, values - total)
@@ -306,7 +308,7 @@ def prompt_logprobs(
     ``chunk`` rows of logits are in memory at a time.
     """
     parts = [
-        token_logprobs(compute_logits(rows).float(), after, top=top)
+        token_logprobs(compute_logits(rows), after, top=top)
         for rows, after in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
     ]
     return TokenLogprobs(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hrwkv.kernels.norm import rms_norm
+from hrwkv.kernels.norm import add_rms_norm, rms_norm
+from hrwkv.kernels.swiglu import swiglu
 from hrwkv.layers.projections import Projections
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, K / 2] fp32
@@ -21,9 +21,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size] any float dtype; the result has x's shape and dtype."""
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [..., size] any float dtype -> its norm in x's shape and dtype.
+
+        With delta, of x's shape: x + delta and the norm of that sum, in one pass.
+        """
+        if delta is None:
+            return rms_norm(x, self.weight, eps=self.eps)
+        return add_rms_norm(x, delta, weight=self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
@@ -47,4 +52,4 @@ class SwiGLU(Projections):
             y: Tensor = checkpoint(self.forward, x, use_reentrant=False)
             return y
         product = self.projected(x)
-        return self.down_proj(F.silu(product("gate_proj")) * product("up_proj"))
+        return self.down_proj(swiglu(product("gate_proj"), product("up_proj")))

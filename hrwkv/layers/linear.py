@@ -7,10 +7,10 @@ form is no parameter and in no state dict: it is made from a checkpoint's weight
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrwkv.kernels.matmul import FrozenWeight, frozen_linear, frozen_swiglu, quantise
+from hrwkv.kernels.swiglu import swiglu
 
 
 class FrozenLinear(nn.Module):
@@ -70,7 +70,7 @@ class FrozenSwiGLU(nn.Module):
     def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
         """x: [T, D] -> [T, D]; ``recompute`` keeps x in place of the inner activations (not with biases)."""
         if self.gate_proj.bias is not None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return frozen_swiglu(_autocast(x), gate, up, down, recompute=recompute)
 

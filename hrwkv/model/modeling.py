@@ -48,30 +48,39 @@ class Block(nn.Module):
         first: FirstLayer | None = None,
         memory: tuple[Tensor, ...] = (),
         keep: Keep | None = None,
-    ) -> tuple[Tensor, FirstLayer | None]:
-        """hidden [T, D] -> hidden [T, D], and the first layer's value and key where a residual reads them.
+        delta: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, FirstLayer | None]:
+        """hidden, delta [T, D] -> the same of the next block, and the first layer's value and key.
 
-        keep: which half is not computed again in the backward pass, ``mixer`` or ``mlp``; ``stream``: none,
-        None: both.
+        The stream is hidden + delta: a half's result is added where the next norm reads the sum anyway.
+        delta None: nothing is left to add. The first layer's are None where no residual reads them. keep:
+        which half is not computed again in the backward pass, ``mixer`` or ``mlp``; ``stream``: none, None:
+        both.
         """
         if keep in ("stream", "mlp"):
             # Non-reentrant: the reentrant form silently drops gradients around frozen parameters.
-            mixed, first = checkpoint(
-                self._normed_mix, hidden, batch, rope, first, memory, use_reentrant=False
+            hidden, mixed, first = checkpoint(
+                self._normed_mix, hidden, delta, batch, rope, first, memory, use_reentrant=False
             )
         else:
-            mixed, first = self._normed_mix(hidden, batch, rope, first, memory)
-        return self.feed_forward(hidden + mixed, recompute=keep in ("stream", "mixer")), first
+            hidden, mixed, first = self._normed_mix(hidden, delta, batch, rope, first, memory)
+        return *self._normed_mlp(hidden, mixed, recompute=keep in ("stream", "mixer")), first
 
     def _normed_mix(
         self,
         hidden: Tensor,
+        delta: Tensor | None,
         batch: TokenBatch,
         rope: Rope,
         first: FirstLayer | None,
         memory: tuple[Tensor, ...],
-    ) -> tuple[Tensor, FirstLayer | None]:
-        return self.mix(self.input_layernorm(hidden), batch, rope, first, memory)
+    ) -> tuple[Tensor, Tensor, FirstLayer | None]:
+        hidden, x = add_and_norm(hidden, delta, norm=self.input_layernorm)
+        return hidden, *self.mix(x, batch, rope, first, memory)
+
+    def _normed_mlp(self, hidden: Tensor, mixed: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor]:
+        hidden, x = add_and_norm(hidden, mixed, norm=self.post_attention_layernorm)
+        return hidden, self.mlp(x, recompute=recompute)
 
     def mix(
         self,
@@ -89,9 +98,15 @@ class Block(nn.Module):
         k_cache, v_cache = memory or (None, None)
         return self.self_attn(x, batch, rope=own_rope, k_cache=k_cache, v_cache=v_cache), first
 
-    def feed_forward(self, hidden: Tensor, *, recompute: bool = False) -> Tensor:
-        """The second half of the block, residual included; ``recompute``: the MLP's inside is not kept."""
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), recompute=recompute)
+    def feed_forward(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The second half of the block, with the residuals of both: hidden, mixed [T, D] -> hidden [T, D]."""
+        hidden, y = self._normed_mlp(hidden, mixed, recompute=False)
+        return hidden + y
+
+
+def add_and_norm(hidden: Tensor, delta: Tensor | None, *, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """hidden + delta, where there is a delta, and its norm."""
+    return (hidden, norm(hidden)) if delta is None else norm(hidden, delta)
 
 
 def build_mixer(config: HybridConfig, layer: int) -> TimeMix | Attention:
@@ -154,17 +169,19 @@ class Backbone(nn.Module):
         hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         rope = self.rope(batch)
         memory = cache.by_layer(self.config) if cache is not None else [()] * len(self.layers)
-        first = None
+        checkpoints = self.gradient_checkpointing and self.training
+        delta, first = None, None
         for block, own in zip(self.layers, memory, strict=True):
-            checkpoints = self.gradient_checkpointing and self.training
             if checkpoints and self.keep == "nothing":
-                hidden, first = checkpoint(block, hidden, batch, rope, first, own, use_reentrant=False)
+                hidden, delta, first = checkpoint(block, hidden, batch, rope, first, own, use_reentrant=False)
             else:
                 keep = self.keep if checkpoints else None
-                hidden, first = block(hidden, batch, rope, first, own, keep)
+                hidden, delta, first = block(hidden, batch, rope, first, own, keep, delta)
+            if checkpoints or stream is not None:  # a checkpointed block would keep both of its inputs
+                hidden, delta = hidden + delta, None
             if stream is not None:
                 stream.append(hidden)
-        return self.norm(hidden)
+        return add_and_norm(hidden, delta, norm=self.norm)[1]
 
 
 class HybridModel(nn.Module):

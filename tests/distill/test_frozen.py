@@ -213,7 +213,8 @@ def test_bytes_of_a_token_that_a_block_keeps(
 ) -> None:
     """As on a GPU: fused norms, inputs in 8 bits. In fp32 here, so that the interpreter can run the norms."""
     fused = pytest.importorskip("hrwkv.kernels.norm.fused")
-    monkeypatch.setattr(common, "rms_norm", fused.rms_norm)
+    for name in ("rms_norm", "add_rms_norm"):
+        monkeypatch.setattr(common, name, getattr(fused, name))
     monkeypatch.setattr(matmul, "rounds_inputs", lambda weight: True)
     tokens, totals = 40, []
     for layers in (3, 5):

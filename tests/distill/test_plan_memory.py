@@ -91,16 +91,17 @@ def test_weights_gradients_and_moments_are_those_of_a_real_step(mode, stage, fro
 
 @pytest.mark.parametrize("trains_mlp", [True, False])
 def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories, monkeypatch):
-    """fp32, one token more: the bytes that the second half of a block saves, with a GPU's norm."""
-    fused = pytest.importorskip("hrwkv.kernels.norm.fused")
-    monkeypatch.setattr("hrwkv.layers.common.rms_norm", fused.rms_norm)
+    """fp32, one token more: the bytes that the second half of a block saves, with a GPU's kernels."""
+    for kernel, name in (("norm", "add_rms_norm"), ("swiglu", "swiglu")):
+        fused = pytest.importorskip(f"hrwkv.kernels.{kernel}.fused")
+        monkeypatch.setattr(f"hrwkv.layers.common.{name}", getattr(fused, name))
     student = open_model(directories[0], CPU, dtype=torch.float32, trains=lambda name: True)
     block, sizes = student.model.layers[0], []
     if not trains_mlp:
         block.mlp.requires_grad_(False)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
     for tokens in (8, 9):
-        hidden = torch.randn(tokens, 32, requires_grad=True)
+        hidden, mixed = torch.randn(2, tokens, 32, requires_grad=True)
         saved: dict[int, int] = {}
 
         def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
@@ -110,7 +111,7 @@ def test_what_an_mlp_keeps_is_what_autograd_saves(trains_mlp, directories, monke
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = block.feed_forward(hidden)
+            result = block.feed_forward(hidden, mixed)
         sizes.append(sum(saved.values()))
         del result
     mode = "all" if trains_mlp else "frozen-mlp"

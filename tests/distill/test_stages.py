@@ -51,7 +51,7 @@ def joint_align_loss(teacher: HybridModel, student: HybridModel, inputs: StepInp
         y, first = own.mix(x, inputs.batch, rope, first)
         first = tuple(value.detach() for value in first)
         losses.append((y - target).square().sum() / target.square().sum())
-        hidden = block.feed_forward(hidden + target)
+        hidden = block.feed_forward(hidden, target)
     return torch.stack(losses).mean()
 
 
@@ -106,7 +106,8 @@ def residual_stream(model: HybridModel, inputs: StepInput) -> list[Tensor]:
     """The stream after each block, by the blocks alone."""
     hidden, first, stream = model.model.embed_tokens(inputs.token_ids), None, []
     for block in model.model.layers:
-        hidden, first = block(hidden, inputs.batch, model.model.rope(inputs.batch), first)
+        hidden, delta, first = block(hidden, inputs.batch, model.model.rope(inputs.batch), first)
+        hidden = hidden + delta
         stream.append(hidden)
     return stream
 

@@ -279,6 +279,36 @@ def test_a_greedy_row_is_the_argmax_and_the_first_of_equals() -> None:
     assert sample(logits, beside, positions=places(5, 5)).tokens[0] == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_narrow_logits_are_sampled_as_the_same_in_fp32(dtype: torch.dtype, masked: bool) -> None:
+    """Bit by bit, for batches of one kind of member and for all kinds at once; bf16 has many equal logits."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 0, "logprobs": 3},
+        {"logit_bias": {3: 0.3, 5: -0.1}, "presence_penalty": 0.3, "repetition_penalty": 1.1},
+    ]
+    logits = logits_of(len(kinds), seed=2).to(dtype)
+    bitmask = mask_of([set(range(1, V, 2))] * len(kinds)) if masked else None
+    for chosen in ([0], [1], [2], [3], [0, 1, 2, 3]):
+        members = [member(seed=9 + row, slot=row, **kinds[row]) for row in chosen]
+        found = []
+        for rows in (logits[chosen], logits[chosen].float()):
+            counts = TokenCounts(slots=len(kinds), vocab_size=V, device="cpu")
+            result = sample(
+                rows,
+                build(members, counts=counts),
+                positions=torch.arange(7, 7 + len(chosen)),
+                bitmask=None if bitmask is None else bitmask[chosen],
+            )
+            scores = result.logprobs
+            found.append((result.tokens, *(() if scores is None else vars(scores).values())))
+        for narrow, wide in zip(*found, strict=True):
+            assert narrow.dtype == wide.dtype
+            assert torch.equal(narrow, wide)
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 5e-324], ids=["tiny", "smallest"])
 def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
     logits = logits_of(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrwkv.layers import common
 from hrwkv.layers.batch import TokenBatch
 from hrwkv.layers.time_mix import VARIANTS
 from hrwkv.model.cache import HybridCache
@@ -186,6 +187,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen: tuple[str, ...]
             torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("keep", [None, "stream"])
+def test_the_forms_of_a_gpu_give_the_same_stream_and_gradients(
+    keep: Keep | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms with the sums before them and the MLP's gate as one kernel each, around all that stays."""
+    model = hybrid_model().train()
+    model.model.gradient_checkpointing, model.model.keep = keep is not None, keep or "nothing"
+    found = []
+    for names in ((), ("norm.rms_norm", "norm.add_rms_norm", "swiglu.swiglu")):
+        for kernel, name in (path.split(".") for path in names):
+            fused = pytest.importorskip(f"hrwkv.kernels.{kernel}.fused")
+            monkeypatch.setattr(common, name, getattr(fused, name))
+        model.zero_grad()
+        ids, batch = random_ids(12), TokenBatch.from_lengths([5, 7])
+        stream: list[Tensor] = []
+        with torch.no_grad():
+            model(ids, batch, stream=stream)
+        hidden = model(ids, batch)
+        model.compute_logits(hidden).log_softmax(-1)[:, 3].sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([hidden.detach(), *stream, *gradients])
+    assert len(found[0]) == len(found[1])
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # fp32 through four layers and back
+
+
 def test_each_choice_of_what_is_kept_keeps_less_than_the_next() -> None:
     """Bytes that autograd holds after a forward pass; every choice between nothing and everything differs."""
     model = hybrid_model().train()
@@ -226,9 +253,9 @@ def test_the_first_value_and_key_come_from_layer_0_alone() -> None:
     batch = TokenBatch.from_lengths([6])
     hidden, rope = model.model.embed_tokens(random_ids(6)), model.model.rope(batch)
     seen = []
-    first = None
+    delta, first = None, None
     for block in model.model.layers:
-        hidden, first = block(hidden, batch, rope, first)
+        hidden, delta, first = block(hidden, batch, rope, first, delta=delta)
         seen.append(first)
     assert all(value is seen[0][0] and key is seen[0][1] for value, key in seen)
 

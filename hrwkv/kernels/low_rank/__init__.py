@@ -14,8 +14,8 @@ from hrwkv.kernels.low_rank.naive import Activation
 
 __all__ = ["Activation", "expand"]
 
-# The fused form reads the weights again for every 16 tokens.
-FEW_TOKENS = 64
+# By bytes of an element. The fused form reads the weights again for every 64 tokens, in fp32 for every 16.
+FEW_TOKENS = {2: 512, 4: 64}
 
 
 def expand(
@@ -26,8 +26,8 @@ def expand(
     inner: [T, R] each, R its own, any strides, one float dtype. up: [R, C] each, C its own, dtype of inner.
     Returns [T, C] each, in their dtype; everything has gradients.
     """
-    few = len(inner[0]) <= FEW_TOKENS and not torch.is_grad_enabled()
-    if few and inner[0].is_cuda and inner[0].dtype != torch.float64:
+    few = len(inner[0]) <= FEW_TOKENS.get(inner[0].element_size(), 0)
+    if few and inner[0].is_cuda and not torch.is_grad_enabled():
         from hrwkv.kernels.low_rank import fused
 
         return fused.expand(inner, up, activations=activations)

@@ -1,4 +1,4 @@
-"""Several small products in one launch (Triton): a program takes 16 tokens and 64 columns of one of them.
+"""Several small products in one launch (Triton): a program takes some tokens and some columns of one of them.
 
 Without a backward pass. Sums are fp32; an activation is computed in fp32 and rounded to the dtype, as the
 separate operations do.
@@ -6,6 +6,7 @@ separate operations do.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,20 +15,47 @@ from torch import Tensor
 
 from hrwkv.kernels.low_rank.naive import Activation
 
-TOKENS, COLUMNS, RANKS = 16, 64, 64  # of a program's tiles
+
+class Launch(NamedTuple):
+    """A program's tokens and columns, the ranks that it sums at a time, its warps and its stages of loads."""
+
+    tokens: int
+    columns: int
+    ranks: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(num_tokens: int, *, itemsize: int) -> Launch:
+    """The cut for so many tokens of so many bytes an element; measured in benchmarks/results.
+
+    Tokens of a program decide how often the weights are read, columns how often the inner products are, and
+    their activations computed. Single precision has no tensor cores to fill.
+    """
+    if itemsize > 2:
+        return Launch(16, 64, 64, num_warps=4, num_stages=3)
+    return Launch(64, 128 if num_tokens <= 128 else 256, 32, num_warps=4, num_stages=4)
 
 
 @torch.no_grad()
 def expand(
-    inner: Sequence[Tensor], up: Sequence[Tensor], *, activations: Sequence[Activation]
+    inner: Sequence[Tensor],
+    up: Sequence[Tensor],
+    *,
+    activations: Sequence[Activation],
+    launch: Launch | None = None,
 ) -> list[Tensor]:
     """The contract is ``hrwkv.kernels.low_rank.expand``'s, but for gradients."""
+    tile = launch or choose_launch(len(inner[0]), itemsize=inner[0].element_size())
     out = [x.new_empty(len(x), w.shape[1]) for x, w in zip(inner, up, strict=True)]
-    starts = tuple(accumulate((triton.cdiv(w.shape[1], COLUMNS) for w in up), initial=0))
-    grid = (starts[-1], triton.cdiv(len(inner[0]), TOKENS))
+    # The longest sums begin first, so that no program is alone at the end.
+    longest_first = sorted(range(len(up)), key=lambda i: -len(up[i]))
+    ours, inner, up = ([part[i] for i in longest_first] for part in (out, inner, up))
+    starts = tuple(accumulate((triton.cdiv(w.shape[1], tile.columns) for w in up), initial=0))
+    grid = (triton.cdiv(len(inner[0]), tile.tokens), starts[-1])
     with torch.cuda.device_of(inner[0]):
         _expand[grid](
-            tuple(out),
+            tuple(ours),
             tuple(inner),
             tuple(x.stride() for x in inner),
             tuple(up),
@@ -35,15 +63,17 @@ def expand(
             tuple(tuple(w.shape) for w in up),  # a torch.Size is no tuple to Triton 3.6
             len(inner[0]),
             STARTS=starts,
-            ACTIVATIONS=tuple(activations),
-            BT=TOKENS,
-            BC=COLUMNS,
-            BR=RANKS,
+            ACTIVATIONS=tuple(activations[i] for i in longest_first),
+            BT=tile.tokens,
+            BC=tile.columns,
+            BR=tile.ranks,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _expand(
     out,  # [T, C] each
     inner,  # [T, R] each
@@ -58,8 +88,8 @@ def _expand(
     BC: tl.constexpr,
     BR: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)  # the fastest axis: neighbours read the same weights
+    program = tl.program_id(1)
     is_token = (token < num_tokens)[:, None]
     for i in tl.static_range(len(ACTIVATIONS)):
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):

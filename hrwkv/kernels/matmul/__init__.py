@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hrwkv.kernels.matmul import naive
+from hrwkv.kernels.swiglu import swiglu, swiglu_gradients
 
 __all__ = ["FrozenWeight", "dequantise", "frozen_linear", "frozen_swiglu", "quantise", "rounds_inputs"]
 
@@ -181,7 +181,7 @@ class _FrozenSwiGLU(torch.autograd.Function):
         rows = _rows(x, in_8_bits)
         g, u = rows.times(gate, x.dtype), rows.times(up, x.dtype)  # [T, I]
         ctx.save_for_backward(*(rows if recompute else (g, u)))
-        inner = _Rows(*_form(g).swiglu_rows(g, u)) if in_8_bits else _Rows(F.silu(g) * u)
+        inner = _Rows(*_form(g).swiglu_rows(g, u)) if in_8_bits else _Rows(swiglu(g, u))
         return inner.times(down, x.dtype)
 
     @staticmethod
@@ -202,6 +202,6 @@ class _FrozenSwiGLU(torch.autograd.Function):
             grad_x = _scaled_product(for_gate, gate_scale, _transposed(gate), dtype)
             grad_x += _scaled_product(for_up, up_scale, _transposed(up), dtype)
         else:
-            for_g, for_u = (part.to(dtype) for part in naive.swiglu_gradients(inner, g, u))
+            for_g, for_u = swiglu_gradients(inner, g, u)
             grad_x = for_g @ dequantise(gate, dtype) + for_u @ dequantise(up, dtype)
         return grad_x, None, None, None, None, None

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hrwkv.kernels.swiglu.fused import gate_gradients, silu
+
 ROUNDED = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)  # of ROUNDED
 BLOCK = 2048
@@ -88,11 +90,6 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _silu(x):
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
 def _load(pointer, column, width):
     return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
 
@@ -155,24 +152,22 @@ def _swiglu_rows(
     largest = tl.zeros([BLOCK], tl.float32)
     for tile in range(0, num_tiles):
         column = tile * BLOCK + lanes
-        product = _silu(_load(gate, column, width)) * _load(up, column, width)
+        product = silu(_load(gate, column, width)) * _load(up, column, width)
         largest = tl.maximum(largest, tl.abs(product))
     row_scale = _scale_of(largest)
     tl.store(scale + row, row_scale)
     for step in range(0, num_tiles):
         column = (num_tiles - 1 - step) * BLOCK + lanes
-        product = _silu(_load(gate, column, width)) * _load(up, column, width)
+        product = silu(_load(gate, column, width)) * _load(up, column, width)
         _store(values, column, width, product / row_scale)
 
 
 @triton.jit
 def _swiglu_gradients(grad, gate, up, gate_columns, up_columns, column, width):
     """A tile of both gradients times their columns, fp32 [BLOCK] each."""
-    slope = _load(grad, column, width)
-    g = _load(gate, column, width)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    for_gate = slope * _load(up, column, width) * sigmoid * (1 + g * (1 - sigmoid))
-    for_up = slope * g * sigmoid
+    for_gate, for_up = gate_gradients(
+        _load(grad, column, width), _load(gate, column, width), _load(up, column, width)
+    )
     return for_gate * _load(gate_columns, column, width), for_up * _load(up_columns, column, width)
 
 

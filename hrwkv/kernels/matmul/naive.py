@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrwkv.kernels.swiglu.naive import swiglu_gradients
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
@@ -34,16 +36,9 @@ def swiglu_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return quantise_rows(F.silu(gate.float()) * up.float())
 
 
-def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``silu(gate) * up`` on gate and up, fp32 (fp64 of fp64)."""
-    grad, gate, up = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (grad, gate, up))
-    sigmoid = gate.sigmoid()
-    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
-
-
 def swiglu_gradient_rows(
     grad: Tensor, gate: Tensor, up: Tensor, *, gate_columns: Tensor, up_columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those gradients times ``gate_columns`` and ``up_columns`` [I]: rows and scales of both, in turn."""
+    """``swiglu_gradients`` times ``gate_columns`` and ``up_columns`` [I]: rows, scales of each in turn."""
     for_gate, for_up = swiglu_gradients(grad, gate, up)
     return *quantise_rows(for_gate, columns=gate_columns), *quantise_rows(for_up, columns=up_columns)

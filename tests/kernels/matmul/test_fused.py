@@ -58,12 +58,6 @@ def test_rows_are_naives(width: int) -> None:
     )
 
 
-def test_naive_gradients_are_autograds() -> None:
-    grad, gate, up, _, _ = (value.double().requires_grad_() for value in inputs(30))
-    expected = torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), grad)
-    torch.testing.assert_close(naive.swiglu_gradients(grad, gate, up), expected)
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (70, 130), (64, 64), (3, 200)], ids=str)
 def test_transpose(shape: tuple[int, int]) -> None:
     values = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE)
