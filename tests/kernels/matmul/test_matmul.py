@@ -1,5 +1,7 @@
 """Products with 8-bit weights against the same weights widened to fp64, forward and gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,19 @@ def test_a_cpu_widens_weights() -> None:
     assert not rounds_inputs(random_weight(16, 16, torch.float8_e4m3fn))
 
 
+@pytest.mark.parametrize(
+    ("hip", "capability", "rounds"), [(None, (9, 0), True), (None, (8, 9), False), ("6.4", (9, 4), False)]
+)
+def test_only_a_chip_that_multiplies_these_floats_rounds_inputs(
+    hip: str | None, capability: tuple[int, int], rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MI300X calls itself 9.4, above Hopper's 9.0, but its 8-bit floats are others."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    values = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, shape=(16, 32), device="cuda")
+    assert rounds_inputs(FrozenWeight(values, torch.ones(16))) == rounds
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inner", [96, 19648], ids=["small", "reka"])
 def test_a_gpu_computes_what_the_definition_says(inner: int) -> None:
@@ -145,7 +160,8 @@ def test_a_gpu_computes_what_the_definition_says(inner: int) -> None:
         for shape in [(inner, 256), (inner, 256), (256, inner)]
     )
     gpu = tuple(FrozenWeight(*(part.cuda() for part in weight)) for weight in cpu)
-    assert rounds_inputs(gpu[0]) == (torch.cuda.get_device_capability() >= (9, 0))
+    can = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    assert rounds_inputs(gpu[0]) == can
     own = rounds_inputs(gpu[0])
     exact, in_fp32, in_bf16 = (
         with_gradient(form, x.cpu().to(dtype), grad.cpu())
