@@ -50,7 +50,7 @@ COLUMNS = (
     "fla", "fla / wkv7", "torch wkv7", "torch / wkv7", "torch mixer", "torch / mixer",
 )
 SWEEP_COLUMNS = (
-    "num", "size", "dtype", "floor_ms", "BV", "warps", "default", "wkv7", "wkv7 of floor", "mixer",
+    "num", "size", "dtype", "floor_ms", "BV", "warps", "first", "default", "wkv7", "wkv7 of floor", "mixer",
     "mixer of floor",
 )
 # fmt: on
@@ -309,10 +309,18 @@ def sweep(
     layers = make_layers(case, pool_mb=pool_mb, device=device)
     rounds = -(-38 // len(layers))
     floor = 1e3 * 2 * case.state_bytes / rate
-    chosen = choose_launch(case.num * case.heads, key_size=case.size, value_size=case.size, num_warps=1)
-    for block_v, num_warps in itertools.product((16, 32), (1, 2, 4)):
-        launch = chosen._replace(block_v=block_v, num_warps=num_warps)
+    chosen = choose_launch(
+        case.num * case.heads,
+        key_size=case.size,
+        value_size=case.size,
+        num_warps=1,
+        state_dtype=DTYPES[case.dtype],
+    )
+    cuts = itertools.product((16, 32), ((1, True), (1, False), (2, False), (4, False)))
+    for block_v, (num_warps, load_first) in cuts:
+        launch = chosen._replace(block_v=block_v, num_warps=num_warps, load_first=load_first)
         row: dict[str, object] = {**case._asdict(), "floor_ms": floor, "BV": block_v, "warps": num_warps}
+        row["first"] = "*" if load_first else ""
         row["default"] = "*" if launch == chosen else ""
         checked = functools.partial(check, case._replace(num=2), device=device, launch=launch)
         if attempt(f"{case} {launch}", checked, failures) is not None:

@@ -22,11 +22,15 @@ from hrwkv.kernels.mix.naive import LOW_RANK_VALUE_SCALE, FirstLayer, Form, Rope
 
 
 class Launch(NamedTuple):
-    """How a launch is cut: value columns a program, rows of a key tile, warps a program."""
+    """How a launch is cut: value columns a program, rows of a key tile, warps a program.
+
+    ``load_first``: the state's loads are issued before all other work, by one warp.
+    """
 
     block_v: int
     block_k: int
     num_warps: int
+    load_first: bool = False
 
 
 class _Inputs(NamedTuple):
@@ -40,18 +44,24 @@ class _Inputs(NamedTuple):
     b: Tensor
 
 
-def choose_launch(num_pairs: int, *, key_size: int, value_size: int, num_warps: int) -> Launch:
+def choose_launch(
+    num_pairs: int, *, key_size: int, value_size: int, num_warps: int, state_dtype: torch.dtype
+) -> Launch:
     """The cut for ``num_pairs`` = N * H pairs of sequence and head; measured in benchmarks/results.
 
-    32 columns are one 128-byte line of an fp32 state, 16 bytes a thread. Up to 256 pairs would leave half of
-    a large device's multiprocessors idle: 16 columns then give twice the programs of half the length. K = 128
+    32 columns are one 128-byte line of an fp32 state, 16 bytes a thread. For two warps, up to 256 pairs would
+    leave half of a large device's multiprocessors idle: 16 columns then give twice the programs of half the
+    length. One warp is the fused step, and twice the programs would repeat its work on key vectors. K = 128
     takes 16 as well: 32 columns would be 128 registers of state a thread, beside its vectors too many.
+
+    Many bf16 states wait for the memory's way with half lines, not for when their loads begin.
     """
-    columns = 16 if num_pairs <= 256 or key_size > 96 else 32
+    columns = 16 if (num_pairs <= 256 and num_warps > 1) or key_size > 96 else 32
     return Launch(
         block_v=min(columns, _power_of_two(value_size)),
         block_k=min(32, _power_of_two(key_size)),
         num_warps=num_warps,
+        load_first=num_warps == 1 and (state_dtype == torch.float32 or num_pairs <= 512),
     )
 
 
@@ -87,7 +97,11 @@ def wkv7_decode(
     o = v.new_empty(num_tokens, heads, value_size)
     if launch is None:  # two warps: more loads in flight than one, and little work to repeat
         launch = choose_launch(
-            len(state_slots) * heads, key_size=key_size, value_size=value_size, num_warps=2
+            len(state_slots) * heads,
+            key_size=key_size,
+            value_size=value_size,
+            num_warps=2,
+            state_dtype=state.dtype,
         )
     _check_state(state, shape=(heads, key_size, value_size), launch=launch)
     _wkv7_kernel[_grid(state_slots, state, launch)](
@@ -105,6 +119,7 @@ def wkv7_decode(
         V=value_size,
         BK=launch.block_k,
         BV=launch.block_v,
+        LOAD_FIRST=launch.load_first,
         num_warps=launch.num_warps,
     )
     return o
@@ -144,7 +159,13 @@ def mixer_decode(
     assert first is None or all(x.is_contiguous() for x in first)
     y = rows.r.new_empty(num_tokens, heads, size)
     if launch is None:  # one warp does the work on key vectors once, several would each repeat it
-        launch = choose_launch(len(state_slots) * heads, key_size=size, value_size=size, num_warps=1)
+        launch = choose_launch(
+            len(state_slots) * heads,
+            key_size=size,
+            value_size=size,
+            num_warps=1,
+            state_dtype=state.dtype,
+        )
     _check_state(state, shape=(heads, size, size), launch=launch)
     _mixer_kernel[_grid(state_slots, state, launch)](
         y,
@@ -167,6 +188,7 @@ def mixer_decode(
         IS_FIRST=is_first,
         BK=launch.block_k,
         BV=launch.block_v,
+        LOAD_FIRST=launch.load_first,
         num_warps=launch.num_warps,
     )
     return y, first
@@ -205,11 +227,12 @@ def _wkv7_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    LOAD_FIRST: tl.constexpr,
 ):
     h, columns, begin, length, pointers, alive = _locate(
         state, state_stride, state_slots, cu_seqlens, H, K, V, BK, BV
     )
-    tiles = _load_state(pointers, alive, K, V, BK)
+    tiles = _load_state(pointers, alive, K, V, BK, LOAD_FIRST)
     value_head, key_head = h // (H // VALUE_HEADS), h // (H // KEY_HEADS)
     for step in range(length):
         token = (begin + step).to(tl.int64)
@@ -250,11 +273,12 @@ def _mixer_kernel(
     IS_FIRST: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    LOAD_FIRST: tl.constexpr,
 ):
     h, columns, begin, length, pointers, alive = _locate(
         state, state_stride, state_slots, cu_seqlens, H, K, K, BK, BV
     )
-    tiles = _load_state(pointers, alive, K, K, BK)
+    tiles = _load_state(pointers, alive, K, K, BK, LOAD_FIRST)
     GROUP: tl.constexpr = H // KV_HEADS
     kv_head = h // GROUP
     GATES_VALUE: tl.constexpr = VALUE_RESIDUAL == "gated" or VALUE_RESIDUAL == "gated_repeated"
@@ -343,11 +367,21 @@ def _locate(
 
 
 @triton.jit
-def _load_state(pointers, alive, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
+def _load_state(
+    pointers, alive, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, LOAD_FIRST: tl.constexpr
+):
     """A tuple of K / BK tiles [BK, BV] fp32, zeros for padding."""
     tiles = ()
     for i in tl.static_range(K // BK):
-        tiles = tiles + (tl.load(pointers + i * BK * V, mask=alive, other=0.0).to(tl.float32),)
+        tile = tl.load(pointers + i * BK * V, mask=alive, other=0.0)
+        tiles = tiles + (tile if LOAD_FIRST else tile.to(tl.float32),)
+    if LOAD_FIRST:
+        # No load passes a barrier; else the compiler puts these behind the work on vectors.
+        tl.debug_barrier()
+        wide = ()
+        for i in tl.static_range(len(tiles)):
+            wide = wide + (tiles[i].to(tl.float32),)
+        tiles = wide
     return tiles
 
 
