@@ -258,19 +258,18 @@ def compile_mix(**words: Any) -> None:
     """The mixer's elementwise work before the recurrence."""
     from hrwkv.kernels.mix import fused_mix
 
-    mixed, first = fused_mix.mix(**mixer_case(**words))
-    backward(*mixed, *(first or ()))
+    mixed, bonus, first = fused_mix.mix(**mixer_case(**words))
+    backward(*mixed, *(() if bonus is None else (bonus,)), *(first or ()))
 
 
 def compile_finish(*, size: int, dtype: torch.dtype, bonus: bool) -> None:
     """The mixer's elementwise work after the recurrence."""
     from hrwkv.kernels.mix import fused_finish
-    from hrwkv.kernels.mix.naive import Mixed
 
     q, kv = (NUM_TOKENS, HEADS, size), (NUM_TOKENS, KV_HEADS, size)
-    o, r, k, v, gate, r_k = tensors(dtype, q, q, q, kv, q, (HEADS * size,))
-    mixed = Mixed(r=r, log_decay=r, k=k, v=v, a=v, b=r)
-    backward(fused_finish.finish(o, mixed, gate, r_k=r_k if bonus else None))
+    o, v, gate = tensors(dtype, q, kv, q)
+    (sums,) = tensors(torch.float32, q[:2])
+    backward(fused_finish.finish(o, v, gate, bonus=sums if bonus else None))
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def test_varlen_on_a_gpu_equals_naive(lengths, size, dtype):
     q, k, v = (x.to("cuda", dtype) for x in make_qkv(lengths, heads=8, size=size))
     expected = outputs_and_grads(naive.varlen_attention, *(x.double() for x in (q, k, v)), lengths)
     found = outputs_and_grads(varlen_attention, q, k, v, lengths)
-    # A single key leaves exactly 0 for q's and k's gradients: the difference of two equal sums over v, times a
-    # key over sqrt(K). The largest of such terms is the measure there; there is none without tokens.
+    # A single key leaves exactly 0 for q's and k's gradients: the difference of two equal sums over v, times
+    # a key over sqrt(K). The largest of such terms is the measure there; there is none without tokens.
     term = v.norm(dim=-1).amax() * k.abs().amax() / size**0.5 if len(v) else 1.0
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == dtype
