@@ -297,12 +297,23 @@ def compile_attention(*, size: int, dtype: torch.dtype, group: int, tokens: int,
 
 
 def compile_norm(*, width: int, dtype: torch.dtype) -> None:
-    """RMSNorm, with a trained and with a frozen weight."""
+    """RMSNorm, alone and of a sum, with a trained and with a frozen weight."""
     from hrwkv.kernels.norm import fused
 
     for trained in (True, False):
-        x, weight = tensors(dtype, (NUM_TOKENS, width), (width,))
-        backward(fused.rms_norm(x, weight.requires_grad_(trained), eps=1e-6))
+        x, delta, weight = tensors(dtype, *[(NUM_TOKENS, width)] * 2, (width,))
+        weight.requires_grad_(trained)
+        backward(fused.rms_norm(x, weight, eps=1e-6))
+        backward(*fused.add_rms_norm(x, delta, weight=weight, eps=1e-6))
+
+
+@torch.no_grad()
+def compile_swiglu(*, dtype: torch.dtype) -> None:
+    """An MLP's gate, both ways."""
+    from hrwkv.kernels.swiglu import fused
+
+    grad, gate, up = tensors(dtype, *[(NUM_TOKENS, 512)] * 3)
+    fused.swiglu_gradients(grad, fused.swiglu(gate, up), up)
 
 
 def compile_low_rank(*, dtype: torch.dtype) -> None:
@@ -402,6 +413,7 @@ def cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], *, everything: bo
         label = str(dtype).removeprefix("torch.")
         for width in (64, 4096, 8192, 16384) if everything else (4096,):
             yield Case(f"D={width} {label}", "compile_norm", {"width": width, "dtype": dtype})
+        yield Case(label, "compile_swiglu", {"dtype": dtype})
         yield Case(label, "compile_low_rank", {"dtype": dtype})
         yield Case(label, "compile_matmul", {"dtype": dtype})
     for gradient in (fp32, half, None) if everything else (half,):

@@ -7,7 +7,10 @@ stored choice counts only if it is still one of the candidates, so an old or dam
 anything that the kernel does not offer.
 
 Two candidates may differ in the order of their sums, so in their last bits; a run repeats bit by bit as long
-as its choices are shipped or kept. Left out: searching beyond the candidates, and sharing between machines.
+as its choices are shipped or kept. For MI300X none is shipped: nobody has measured there. Its candidates are
+in the order of their compiled code (benchmarks/compile_kernels.py), and the first run measures them: a choice
+from that order alone would be kept for good, and 20 seconds are paid once. Left out: searching beyond the
+candidates, and sharing between machines.
 """
 
 from __future__ import annotations
@@ -59,6 +62,24 @@ class Config(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={value}' for name, value in self._values.items())})"
+
+
+# Launch options that one vendor's compiler knows and the other's refuses.
+_OF_ONE_VENDOR = {"nvidia": {"maxnreg"}, "amd": {"waves_per_eu", "matrix_instr_nonkdim", "kpack"}}
+
+
+def candidates_of(
+    *, nvidia: Sequence[Config], amd: Sequence[Config], hip: str | None = torch.version.hip
+) -> tuple[Config, ...]:
+    """The candidates for the vendor that this torch is built for; NVIDIA's without a GPU.
+
+    Threads of a warp (32, AMD: 64), shared memory (227 KB, AMD: 64 KB) and registers differ too much for one
+    list. A launch option of one vendor alone is refused in the other's list.
+    """
+    for vendor, candidates in (("nvidia", nvidia), ("amd", amd)):
+        foreign = set().union(*(names for other, names in _OF_ONE_VENDOR.items() if other != vendor))
+        assert not foreign & {name for config in candidates for name in config}, (vendor, candidates)
+    return tuple(nvidia if hip is None else amd)
 
 
 class Entry(NamedTuple):

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrwkv.kernels import tuning
-from hrwkv.kernels.tuning import BUDGET_SECONDS, SHIPPED, Config, Entry, Tuner, dump, parse
+from hrwkv.kernels.tuning import (
+    BUDGET_SECONDS,
+    SHIPPED,
+    Config,
+    Entry,
+    Tuner,
+    candidates_of,
+    dump,
+    parse,
+)
 
 DEVICE = torch.device("cuda", 0)
 SLOW, FAST, FASTEST = (Config(num_warps=warps, BV=32) for warps in (8, 4, 2))
@@ -216,6 +225,19 @@ def test_equal_configs_have_equal_hashes(left: Config, right: Config) -> None:
     assert turned == left
     assert hash(turned) == hash(left)
     assert (left == right) == (dict(left) == dict(right))
+
+
+def test_each_vendor_has_its_own_candidates() -> None:
+    nvidia, amd = [Config(num_warps=2, maxnreg=160)], [Config(num_warps=1, waves_per_eu=2)]
+    assert candidates_of(nvidia=nvidia, amd=amd, hip=None) == tuple(nvidia)
+    assert candidates_of(nvidia=nvidia, amd=amd, hip="6.4") == tuple(amd)
+
+
+@pytest.mark.parametrize(("vendor", "option"), [("amd", "maxnreg"), ("nvidia", "matrix_instr_nonkdim")])
+def test_an_option_of_one_vendor_is_refused_for_the_other(vendor: str, option: str) -> None:
+    lists = {"nvidia": [SLOW], "amd": [SLOW]} | {vendor: [SLOW, Config(num_warps=2, **{option: 16})]}
+    with pytest.raises(AssertionError, match=option):
+        candidates_of(**lists)
 
 
 @pytest.mark.parametrize("table", SHIPPED)

@@ -18,8 +18,29 @@ from hrwkv.kernels.wkv7.chunk_fwd import LOG2E, load_tile, rounded, running_sum
 @triton.jit
 def stacked(upper, lower, row_upper, row_lower, columns, first, mask):
     """Load [2C, k]: rows of ``upper`` where ``first``, those of ``lower`` below; row offsets in elements."""
-    rows = tl.where(first, upper + row_upper, lower + row_lower)
-    return tl.load(rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+    if tl.target_info.is_hip():  # AMD's compiler takes no address that may lie in either of two tensors
+        above = tl.load(
+            upper + row_upper[:, None] + columns[None, :], mask=(mask & first)[:, None], other=0.0
+        )
+        below = (mask & (first == 0))[:, None]
+        x = tl.load(lower + row_lower[:, None] + columns[None, :], mask=below, other=0.0)
+        x = tl.where(first[:, None], above, x)
+    else:
+        rows = tl.where(first, upper + row_upper, lower + row_lower)
+        x = tl.load(rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def store_stacked(upper, lower, x, rows, columns, first, mask):
+    """Store [2C, k] where ``stacked`` loads it, with the row offsets ``rows`` in both tensors."""
+    if tl.target_info.is_hip():
+        place = rows[:, None] + columns[None, :]
+        tl.store(upper + place, x, mask=(mask & first)[:, None])
+        tl.store(lower + place, x, mask=(mask & (first == 0))[:, None])
+    else:
+        places = tl.where(first, upper + rows, lower + rows)
+        tl.store(places[:, None] + columns[None, :], x, mask=mask[:, None])
 
 
 @triton.jit
@@ -131,10 +152,8 @@ def gradients(
         dar = tl.dot(dp_low, bk.to(DOT), dar, input_precision=PRECISION)
         dbk = tl.dot(tl.trans(dp_low), ar.to(DOT), input_precision=PRECISION)
         dbk_end *= ending
-        rows = tl.where(first, da + at, dr + at)
-        tl.store(rows[:, None] + columns[None, :], (dar * grow).to(DOT), mask=present[:, None])
-        rows = tl.where(first, db + at, dk + at)
-        tl.store(rows[:, None] + columns[None, :], ((dbk + dbk_end) * shrink).to(DOT), mask=present[:, None])
+        store_stacked(da, dr, (dar * grow).to(DOT), at, columns, first, present)
+        store_stacked(db, dk, ((dbk + dbk_end) * shrink).to(DOT), at, columns, first, present)
         # (22h): a_t depends on G_{t-1}, r_t on G_t, b_t and k_t on -G_t and, through the chunk's end, on G_C.
         # The sums are products of 2C rows, of which C count: so all stays in the threads where it is.
         of_ar = ar * dar

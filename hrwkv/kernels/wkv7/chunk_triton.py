@@ -20,20 +20,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrwkv.kernels.tuning import Config, choose
+from hrwkv.kernels.tuning import Config, candidates_of, choose
 from hrwkv.kernels.wkv7.chunk_bwd import gradients
 from hrwkv.kernels.wkv7.chunk_fwd import prepare, walk
 
 CHUNK = 32
 # Chunks that one program of ``prepare`` works through.
 PER_PROGRAM = 4
-# What tuning may choose from, the first where nothing is known.
-PREPARE = [Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))]
-WALK = [
-    *(Config(TK=tile, BV=32, STAGES=2, num_warps=2) for tile in (32, 64)),
-    Config(TK=32, BV=64, STAGES=3, num_warps=4),
-]
-GRADIENTS = [Config(TK=32, STAGES=stages, num_warps=4) for stages in (1, 3)]  # in fp32 only the first fits
+# What tuning may choose from, the first where nothing is known. A warp of AMD is twice as wide: a second one
+# computes most of a tile again, as the compiled code shows (benchmarks/compile_kernels.py); no time is known.
+PREPARE = candidates_of(
+    nvidia=[Config(TK=tile, num_warps=warps) for tile, warps in ((32, 2), (64, 2), (64, 4))],
+    amd=[Config(TK=32, num_warps=warps) for warps in (1, 2)],
+)
+WALK = candidates_of(
+    nvidia=[
+        *(Config(TK=tile, BV=32, STAGES=2, num_warps=2) for tile in (32, 64)),
+        Config(TK=32, BV=64, STAGES=3, num_warps=4),
+    ],
+    amd=[
+        Config(TK=32, BV=32, STAGES=1, num_warps=1),
+        Config(TK=32, BV=32, STAGES=1, num_warps=1, waves_per_eu=2),
+        Config(TK=32, BV=64, STAGES=1, num_warps=2),
+    ],
+)
+GRADIENTS = candidates_of(
+    nvidia=[Config(TK=32, STAGES=stages, num_warps=4) for stages in (1, 3)],  # in fp32 only the first fits
+    amd=[
+        *(Config(TK=32, STAGES=1, num_warps=warps) for warps in (2, 4)),
+        Config(TK=32, STAGES=1, num_warps=2, waves_per_eu=2),
+    ],
+)
 # Chunks times heads from which a choice is worth making: smaller work would be measured as noise, and the
 # choice kept for the large.
 MIN_TUNED = 8192
@@ -167,16 +184,18 @@ def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
 def _constants(x: Tensor) -> dict[str, Any]:
     """What all kernels are specialised by, beside their launch parameters."""
     half = x.dtype == torch.bfloat16
+    precision = "tf32" if half else "tf32x3"
     return {
         "K": x.shape[2],
         "C": CHUNK,
         "DOT": tl.bfloat16 if half else tl.float32,
-        "PRECISION": "tf32" if half else "tf32x3",
+        # Most of AMD's chips have no tf32; their matrix units multiply fp32 itself.
+        "PRECISION": precision if torch.version.hip is None else "ieee",
     }
 
 
 def _tuned(
-    name: str, x: Tensor, candidates: list[Config], run: Callable[[Config], None], *, size: int, work: int
+    name: str, x: Tensor, candidates: Sequence[Config], run: Callable[[Config], None], *, size: int, work: int
 ) -> None:
     """Run with the launch parameters that are best for this key size and dtype; work is chunks times
     heads."""
@@ -210,7 +229,8 @@ def _prepare(inputs: Sequence[Tensor], plan: Plan, *, backward: bool) -> dict[st
             H=heads,
             H_A=a.shape[1],
             PER=PER_PROGRAM,
-            STAGES=2,
+            # On AMD a chunk on its way would take shared memory from other programs.
+            STAGES=2 if torch.version.hip is None else 1,
             BACKWARD=backward,
             **_constants(r),
             **config,

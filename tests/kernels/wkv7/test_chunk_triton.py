@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 chunk_triton = pytest.importorskip("hrwkv.kernels.wkv7.chunk_triton", reason="Triton is not installed")
 tl = triton.language
 unit_lower_inverse = pytest.importorskip("hrwkv.kernels.wkv7.chunk_fwd").unit_lower_inverse
+GPUTarget = triton.backends.compiler.GPUTarget
 
 # fp32 inputs: the worst error measured against fp64 is 6.6e-7 in the interpreter (dlog_decay), 1.4e-6 on an
 # H100.
@@ -46,6 +47,17 @@ def test_equals_naive(lengths, key_size):
 
 @pytest.mark.parametrize("lengths", [(32, 32), (17, 0, 40, 3), (0, 5), (5, 0), (1, 1)], ids=str)
 def test_equals_naive_for_packed_sequences(lengths):
+    inputs = make_inputs(lengths)
+    expected = run_with_grads(naive.wkv7, inputs, lengths)
+    assert_near(run_with_grads(triton_wkv7, [x.float() for x in inputs], lengths), expected, tolerance=FP32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel for another chip runs in the interpreter")
+def test_the_branches_for_amd_equal_naive(monkeypatch):
+    chip = GPUTarget("hip", "gfx942", 64)
+    monkeypatch.setattr("triton.language.target_info.current_target", lambda: chip)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    lengths = (17, 40)
     inputs = make_inputs(lengths)
     expected = run_with_grads(naive.wkv7, inputs, lengths)
     assert_near(run_with_grads(triton_wkv7, [x.float() for x in inputs], lengths), expected, tolerance=FP32)
