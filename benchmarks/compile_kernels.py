@@ -302,8 +302,7 @@ def compile_norm(*, width: int, dtype: torch.dtype) -> None:
 
     for trained in (True, False):
         x, delta, weight = tensors(dtype, *[(NUM_TOKENS, width)] * 2, (width,))
-        weight.requires_grad_(trained)
-        backward(fused.rms_norm(x, weight, eps=1e-6))
+        backward(fused.rms_norm(x, weight.requires_grad_(trained), eps=1e-6))
         backward(*fused.add_rms_norm(x, delta, weight=weight, eps=1e-6))
 
 
