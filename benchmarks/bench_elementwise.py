@@ -16,7 +16,7 @@ first: no form is timed that differs from fp64 by more than BOUND. The last line
 
 import argparse
 import functools
-import json
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -24,11 +24,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from bench_decode import attempt, graph_ms
-from timing import median_ms
+from timing import facts, median_ms, report
 from torch import Tensor
 
 from hrwkv.kernels.norm import add_rms_norm, rms_norm
-from hrwkv.kernels.rates import copy_rate
 from hrwkv.kernels.swiglu import swiglu
 
 # Norm of the error by norm of the exact tensor: two roundings to bf16, 2e-3 each.
@@ -163,22 +162,11 @@ def main() -> None:
     """Check, measure, print the table and the JSON."""
     options, start = parse(), time.perf_counter()
     torch.manual_seed(0)
-    rate = copy_rate(options.device)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    facts = {"device": name, "torch": torch.__version__, "copy_tb_s": rate / 1e12}
-    print(facts)
-    print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-    rows: list[Row] = []
-    failures: list[str] = []
-    for what in MAKE:
-        for row in measure(what, options, rate=rate, failures=failures):
-            rows.append(row)
-            cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in map(row.get, COLUMNS))
-            print("| " + " | ".join(cells) + " |", flush=True)
-    for failure in failures:
-        print("failed:", failure)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({**facts, "seconds": seconds, "failures": failures, "rows": rows}))
+    about = facts(options.device)
+    print(about)
+    rate, failures = float(about["copy_tb_s"]) * 1e12, list[str]()
+    found = (measure(what, options, rate=rate, failures=failures) for what in MAKE)
+    report(itertools.chain.from_iterable(found), COLUMNS, about=about, failures=failures, start=start)
 
 
 if __name__ == "__main__":

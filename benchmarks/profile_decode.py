@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from timing import facts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hrwkv.engine.decode_graphs import FIELDS, decode
 from hrwkv.engine.request import SamplingParams
 from hrwkv.engine.sampling import SamplingBatch, SequenceSampling, sample
-from hrwkv.kernels.rates import copy_rate
 from hrwkv.model.cache import HybridCache
 from hrwkv.model.config import FULL, LINEAR, HybridConfig
 from hrwkv.model.modeling import HybridModel
@@ -162,10 +162,9 @@ def main() -> None:
     """Measure, print the tables and the JSON."""
     options, start = parse(), time.perf_counter()
     torch.manual_seed(0)
-    rate = copy_rate(options.device)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    facts = {"device": name, "torch": torch.__version__, "copy_tb_s": rate / 1e12}
-    print(facts)
+    about = facts(options.device)
+    rate = float(about["copy_tb_s"]) * 1e12
+    print(about)
     model = make_model(options)
     weights = sum(x.nbytes for x in model.parameters()) - model.model.embed_tokens.weight.nbytes
     state = 2 * 2 * options.linear * (options.size // 96) * 96**2
@@ -191,7 +190,7 @@ def main() -> None:
             }
         )
         print({name: value for name, value in steps[-1].items() if name != "kernels"}, flush=True)
-    print(json.dumps({**facts, "seconds": round(time.perf_counter() - start, 1), "steps": steps}))
+    print(json.dumps({**about, "seconds": round(time.perf_counter() - start, 1), "steps": steps}))
 
 
 if __name__ == "__main__":
